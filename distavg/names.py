@@ -1,0 +1,104 @@
+"""Canonical fully qualified names (FQNs) of a model's tensors.
+
+Wrappers add levels to the names: DDP's `module.`, `torch.compile`'s `_orig_mod.`. They are
+stripped by the type of the module that adds them, never by matching text, so that a child that is
+really called `module` keeps its name.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.nn.parallel import DistributedDataParallel
+
+from distavg.errors import ConfigError
+
+__all__ = ["NamedTensor", "named_tensors"]
+
+# Each wrapper that is a level of its own, and the attribute that holds the wrapped module.
+_WRAPPERS: dict[type[nn.Module], str] = {
+    DistributedDataParallel: "module",
+    nn.DataParallel: "module",
+    CheckpointWrapper: "_checkpoint_wrapped_module",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class NamedTensor:
+    """A parameter or persistent buffer as it is registered in the model.
+
+    Attributes:
+        fqn: The canonical name; of tied tensors the first.
+        aliases: The other canonical names of the same tensor.
+        tensor: What the module holds: a plain tensor or a DTensor.
+        is_buffer: Whether it is a buffer.
+        owner: The module that registers it under `fqn`.
+        ddp: The DDP wrapper around it, if there is one.
+    """
+
+    fqn: str
+    aliases: tuple[str, ...]
+    tensor: Tensor
+    is_buffer: bool
+    owner: nn.Module
+    ddp: DistributedDataParallel | None
+
+
+def named_tensors(model: nn.Module | Mapping[str, nn.Module]) -> list[NamedTensor]:
+    """Every parameter and persistent buffer of a model once, in the model's order.
+
+    Args:
+        model: A module, or a mapping of prefix to module whose names get that prefix.
+
+    Raises:
+        ConfigError: Two different tensors have one canonical name.
+    """
+    if isinstance(model, nn.Module):
+        found = list(_walk(model, ""))
+    else:
+        found = [each for prefix, stage in model.items() for each in _walk(stage, f"{prefix}.")]
+    by_name: dict[str, Tensor] = {}
+    for each in found:
+        if by_name.setdefault(each.fqn, each.tensor) is not each.tensor:
+            raise ConfigError(f"{each.fqn}: two different tensors have this canonical name")
+    firsts: dict[int, NamedTensor] = {}
+    aliases: dict[int, list[str]] = {}
+    for each in found:
+        first = firsts.setdefault(id(each.tensor), each)
+        known = aliases.setdefault(id(each.tensor), [])
+        if each.fqn != first.fqn and each.fqn not in known:
+            known.append(each.fqn)
+    return [replace(each, aliases=tuple(aliases[key])) for key, each in firsts.items()]
+
+
+def _walk(model: nn.Module, prefix: str) -> Iterator[NamedTensor]:
+    """Every registration of a parameter or persistent buffer, under its canonical name."""
+    levels: dict[str, tuple[str, nn.Module, DistributedDataParallel | None]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        parent_path, _, key = path.rpartition(".")
+        if not path:
+            name, ddp = prefix, None
+        else:
+            parent_name, parent, ddp = levels[parent_path]
+            is_wrapped = key == _wrapped_attribute(parent)
+            name = parent_name if is_wrapped else f"{parent_name}{key}."
+        if isinstance(module, DistributedDataParallel):
+            ddp = module
+        levels[path] = name, module, ddp
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            yield NamedTensor(name + key, (), parameter, False, module, ddp)
+        for key, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            if key not in module._non_persistent_buffers_set:
+                yield NamedTensor(name + key, (), buffer, True, module, ddp)
+
+
+def _wrapped_attribute(module: nn.Module) -> str | None:
+    if type(module).__name__ == "OptimizedModule":
+        # torch.compile's wrapper is private and its module slow to import (0.4 s): look only
+        # where something has imported it already.
+        dynamo = sys.modules.get("torch._dynamo")
+        if dynamo is not None and isinstance(module, dynamo.OptimizedModule):
+            return "_orig_mod"
+    return next((attr for kind, attr in _WRAPPERS.items() if isinstance(module, kind)), None)
