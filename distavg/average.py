@@ -1,0 +1,133 @@
+"""One average: a rule, its counter, and this rank's shards of it.
+
+Updating never communicates. An average before its first update reads as the live weights.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distavg.errors import ConfigError
+from distavg.foreach import Lerp
+from distavg.rules import Rule
+from distavg.schedule import Schedule
+from distavg.shards import ModelShards, Shard
+
+__all__ = ["Average"]
+
+
+class Average:
+    """A running average of the live weights, as this rank holds it.
+
+    Memory is taken here: one tensor beside each owned shard of the live weights.
+
+    Attributes:
+        schedule: Its name, its rule and when it updates.
+        num_updates: Updates made so far.
+        is_applied: Whether it is in place of the live weights at present.
+        was_read_early: Whether `applied()` was entered before the first update.
+        dtypes: The dtype of every tensor of the average, by canonical name.
+
+    Args:
+        schedule: The rule under the averager's clock.
+        model_shards: The live tensors.
+        dtype: The dtype to average floating tensors in; None for fp32 in place of bf16 and fp16,
+            and each tensor's own otherwise.
+        buffers: `"live"`, `"copied"` or `"averaged"`: what updates do to floating buffers.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        model_shards: ModelShards,
+        *,
+        dtype: torch.dtype | None,
+        buffers: str,
+    ) -> None:
+        if dtype is not None and not dtype.is_floating_point:
+            raise ConfigError(f"average {schedule.name!r}: dtype={dtype} is not a floating dtype")
+        self.schedule = schedule
+        self.num_updates = 0
+        self.is_applied = False
+        self.was_read_early = False
+        self.live: Sequence[Shard] = model_shards.owned
+        self.dtypes = {
+            tensor.fqn: _average_dtype(tensor.local.dtype, dtype)
+            for tensor in model_shards.tensors
+            if tensor.is_held
+        }
+        self.tensors = [
+            torch.empty_like(shard.tensor, dtype=self.dtypes[shard.fqn]) for shard in self.live
+        ]
+        averaged: list[tuple[Tensor, Tensor]] = []
+        copied: list[tuple[Tensor, Tensor]] = []
+        for shard, tensor in zip(self.live, self.tensors, strict=True):
+            is_buffer = model_shards.by_name[shard.fqn].named.is_buffer
+            is_averaged = not is_buffer or (buffers == "averaged" and tensor.is_floating_point())
+            (averaged if is_averaged else copied).append((tensor, shard.tensor))
+        self._averaged = Lerp([a for a, _ in averaged], [b for _, b in averaged])
+        self._copied = Lerp([a for a, _ in copied], [b for _, b in copied])
+
+    @property
+    def name(self) -> str:
+        """Its name in the averager."""
+        return self.schedule.name
+
+    @property
+    def rule(self) -> Rule:
+        """The rule as the user gave it."""
+        return self.schedule.rule
+
+    @property
+    def weight(self) -> float:
+        """The weight that the next update will give to the live weights."""
+        return self.schedule.resolved_rule.weight(self.num_updates)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this average on this rank."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def update(self) -> None:
+        """Average the live weights in, now. No communication, no device synchronisation."""
+        self._averaged(self.weight)
+        self._copied(1)
+        self.num_updates += 1
+
+    def own_shards(self) -> list[Shard]:
+        """This rank's part of the average: views of the average's own memory."""
+        return [
+            Shard(live.fqn, live.box, live.global_shape, tensor)
+            for live, tensor in zip(self.live, self.tensors, strict=True)
+        ]
+
+    def shards(self) -> list[Shard]:
+        """This rank's part of the average: views to be read, wherever the values are now.
+
+        While the average is applied, the views lead into the live weights' storage.
+        """
+        self.settle()
+        return [
+            live if self.is_applied and is_exchanged(live.tensor, own.tensor) else own
+            for live, own in zip(self.live, self.own_shards(), strict=True)
+        ]
+
+    def settle(self) -> None:
+        """Before the first update, make the memory read as the live weights."""
+        if self.num_updates == 0:
+            self._averaged(1)
+            self._copied(1)
+
+
+def is_exchanged(live: Tensor, average: Tensor) -> bool:
+    """Whether a swap exchanges the two in place; otherwise it keeps a copy of the live values."""
+    return live.dtype == average.dtype
+
+
+def _average_dtype(live: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
+    if not live.is_floating_point:
+        return live
+    if dtype is not None:
+        return dtype
+    return torch.float32 if live in (torch.bfloat16, torch.float16) else live

@@ -1,0 +1,135 @@
+"""Whole tensors, one at a time: shards travel to rank 0 in host memory.
+
+Rank 0 never holds more than the tensor under way and what the caller keeps of those before.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from distavg.average import Average
+from distavg.comm import Comm
+from distavg.errors import ModelMismatch
+from distavg.foreach import chunks
+from distavg.layout import Box
+from distavg.shards import ModelShards, Shard
+
+__all__ = ["copy_into", "iter_whole_tensors", "squared_distance"]
+
+_DISTANCE_CHUNK = 2**20  # elements; two fp64 temporaries of 8 MiB
+
+
+def iter_whole_tensors(
+    shards: Iterable[Shard], model_shards: ModelShards, comm: Comm, *, all_ranks: bool
+) -> Iterator[tuple[str, Tensor | None]]:
+    """Every tensor of a model whole, in the model's order, with an average's values. Collective.
+
+    Per tensor: one gather of the boxes, then each rank sends its boxes to rank 0 over gloo
+    (the tensor's bytes, once), and with `all_ranks` one broadcast of it. On one process nothing
+    is sent. Every rank must run the iterator to its end.
+
+    Args:
+        shards: This rank's part of the average.
+        model_shards: The live tensors; those that the average does not hold are read from there.
+        comm: The ranks.
+        all_ranks: Whether every rank gets the whole tensors, or only rank 0.
+
+    Yields:
+        Canonical name and host tensor (None on the other ranks), tied names one after another.
+    """
+    by_name: dict[str, list[Shard]] = {}
+    for shard in shards:
+        by_name.setdefault(shard.fqn, []).append(shard)
+    for tensor in model_shards.tensors:
+        mine = by_name.get(tensor.fqn, [])
+        if not tensor.is_held and (tensor.box.numel or comm.rank == 0):
+            mine = [tensor.part(tensor.box)]
+        if not model_shards.is_counted(tensor.fqn):
+            mine = []
+        dtype = mine[0].tensor.dtype if mine else None
+        whole = _assemble(mine, tensor.global_shape, dtype, comm, tensor.fqn)
+        if all_ranks and comm.size > 1:
+            whole = _spread(whole, tensor.global_shape, comm, tensor.fqn)
+        for name in (tensor.fqn, *tensor.named.aliases):
+            yield name, whole
+
+
+def _assemble(
+    mine: Sequence[Shard],
+    shape: tuple[int, ...],
+    dtype: torch.dtype | None,
+    comm: Comm,
+    fqn: str,
+) -> Tensor | None:
+    doing = f"gathering {fqn}"
+    held: list[tuple[torch.dtype | None, list[Box]]] | None
+    held = comm.gather_to_first((dtype, [shard.box for shard in mine]), doing)
+    if held is None:
+        for shard in mine:
+            comm.send(shard.tensor.detach().cpu().contiguous(), 0, doing)
+        return None
+    whole = torch.empty(shape, dtype=next(dtype for dtype, _ in held if dtype is not None))
+    for shard in mine:
+        whole[shard.box.slices()].copy_(shard.tensor)
+    for rank, (_, boxes) in enumerate(held[1:], start=1):
+        for box in boxes:
+            part = torch.empty(box.sizes, dtype=whole.dtype)
+            comm.receive(part, rank, doing)
+            whole[box.slices()].copy_(part)
+    return whole
+
+
+def _spread(whole: Tensor | None, shape: tuple[int, ...], comm: Comm, fqn: str) -> Tensor:
+    doing = f"broadcasting {fqn}"
+    dtype = comm.broadcast(whole.dtype if whole is not None else None, doing)
+    if whole is None:
+        whole = torch.empty(shape, dtype=dtype)
+    comm.broadcast_tensor(whole, doing)
+    return whole
+
+
+@torch.no_grad()
+def copy_into(average: Average, source: ModelShards, target: ModelShards, comm: Comm) -> None:
+    """Copy an average, and the tensors that it does not hold, into another module. Collective.
+
+    Nothing is communicated where each rank has what its part of the target needs: on one
+    process, between equal FSDP2 layouts, between whole copies. Otherwise whole tensors travel,
+    one at a time, to every rank.
+
+    Raises:
+        ModelMismatch: The modules' tensors differ in name or shape.
+    """
+    for fqn in source.by_name.keys() ^ target.by_name.keys():
+        where = "the averaged model" if fqn in source.by_name else "the target"
+        raise ModelMismatch(f"copy_to: only {where} has a tensor {fqn}")
+    for fqn, tensor in source.by_name.items():
+        if tensor.global_shape != target.by_name[fqn].global_shape:
+            raise ModelMismatch(
+                f"copy_to: {fqn} has shape {tensor.global_shape} in the averaged model and "
+                f"{target.by_name[fqn].global_shape} in the target"
+            )
+    pairs = [(tensor, target.by_name[fqn]) for fqn, tensor in source.by_name.items()]
+    if all(ours.layout == theirs.layout and not ours.is_divided for ours, theirs in pairs):
+        held = average.shards()
+        kept = [ours.part(ours.box) for ours, _ in pairs if not ours.is_held]
+        for shard in [*held, *kept]:
+            target.by_name[shard.fqn].part(shard.box).tensor.copy_(shard.tensor)
+        return
+    for fqn, whole in iter_whole_tensors(average.shards(), source, comm, all_ranks=True):
+        if whole is not None and fqn in target.by_name:
+            theirs = target.by_name[fqn]
+            theirs.local.copy_(whole[theirs.box.slices()])
+
+
+@torch.no_grad()
+def squared_distance(average: Average, model_shards: ModelShards) -> tuple[float, float]:
+    """This rank's part of |live - average|^2 and |live|^2, summed in fp64 chunk by chunk."""
+    apart = norm = 0.0
+    for live, shard in zip(average.live, average.shards(), strict=True):
+        if model_shards.is_counted(live.fqn) and live.tensor.is_floating_point():
+            for part, other in chunks((live.tensor, shard.tensor), _DISTANCE_CHUNK):
+                wide = part.double()
+                apart += (wide - other).square().sum().item()
+                norm += wide.square().sum().item()
+    return apart, norm

@@ -1,0 +1,87 @@
+"""Optimizer steps -> `Averager.step`, only after steps that changed the weights."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from distavg.errors import ConfigError
+
+__all__ = ["OptimizerHooks"]
+
+
+class OptimizerHooks:
+    """The optimizers of one averager. Several count as one step once all have stepped.
+
+    Args:
+        on_step: Called after the step that completes a round.
+    """
+
+    def __init__(self, on_step: Callable[[], None]) -> None:
+        self._on_step = on_step
+        self._attached: list[Optimizer] = []
+        self._stepped: list[Optimizer] = []
+
+    def attach(self, optimizers: Sequence[Optimizer]) -> RemovableHandle:
+        """Follow these optimizers, too.
+
+        Raises:
+            ConfigError: Not an optimizer, or one that is attached already.
+        """
+        inner = [_unwrapped(optimizer) for optimizer in optimizers]
+        if not inner:
+            raise ConfigError("attach: give at least one optimizer")
+        for i, optimizer in enumerate(inner):
+            if any(optimizer is other for other in self._attached + inner[:i]):
+                raise ConfigError(
+                    f"attach: this {type(optimizer).__name__} is attached already; a second time "
+                    "would count its steps twice"
+                )
+        self._attached += inner
+        handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in inner]
+        return _Attachment(handles, lambda: self._detach(inner))
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # A fused optimizer under GradScaler skips an overflow step on the device and calls its
+        # hooks all the same. Reading the flag costs one synchronisation, as GradScaler's own
+        # does for the other optimizers.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and found_inf.item():
+            return
+        if all(optimizer is not other for other in self._stepped):
+            self._stepped.append(optimizer)
+        if len(self._stepped) == len(self._attached):
+            self._stepped.clear()
+            self._on_step()
+
+    def _detach(self, optimizers: Sequence[Optimizer]) -> None:
+        gone = {id(optimizer) for optimizer in optimizers}
+        self._attached = [each for each in self._attached if id(each) not in gone]
+        self._stepped = [each for each in self._stepped if id(each) not in gone]
+
+
+class _Attachment(RemovableHandle):
+    """One handle for the hooks of several optimizers."""
+
+    def __init__(self, handles: Sequence[RemovableHandle], detach: Callable[[], None]) -> None:
+        super().__init__(OrderedDict())  # the base class wants one; it stays empty
+        self._handles = handles
+        self._detach = detach
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._detach()
+
+
+def _unwrapped(optimizer: Any) -> Optimizer:
+    """The optimizer whose `step` does the work: accelerate's wrapper, for one, has no hooks."""
+    given = optimizer
+    while not hasattr(optimizer, "_optimizer_step_post_hooks"):
+        inner = getattr(optimizer, "optimizer", None)
+        if inner is None:
+            raise ConfigError(f"attach: {type(given).__name__} is not a torch.optim.Optimizer")
+        optimizer = inner
+    return optimizer  # type: ignore[no-any-return]  # it has the hooks of an Optimizer

@@ -1,0 +1,157 @@
+"""An averager's state for `torch.distributed.checkpoint`: live references, as DTensors.
+
+DCP writes and reads the tensors in place. Pieces of replicas are boxes that no DTensor placement
+describes; DCP understands them as a DTensor over a `LocalShardsWrapper`, a private class (seen in
+torch 2.6 to 2.13) that is used here only. Counters are 1-D float64 tensors: DCP's safetensors
+storage corrupts files that hold Python ints, and its consolidation turns zero-dim tensors to 0.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as ShardPlacement
+
+from distavg.average import Average
+from distavg.errors import CheckpointMismatch
+from distavg.schedule import Position
+from distavg.shards import LiveTensor, ModelShards, Shard
+
+__all__ = ["load_state", "state"]
+
+
+def state(
+    averages: Sequence[Average], model_shards: ModelShards, position: Position
+) -> "OrderedDict[str, Any]":
+    """The averages' tensors and counters, by reference."""
+    clock = [position.steps, position.epochs.numerator, position.epochs.denominator]
+    content: OrderedDict[str, Any] = OrderedDict(clock=torch.tensor(clock, dtype=torch.float64))
+    for average in averages:
+        by_name: dict[str, list[Shard]] = {}
+        for shard in average.shards():
+            by_name.setdefault(shard.fqn, []).append(shard)
+        content[average.name] = {
+            "num_updates": torch.tensor([average.num_updates], dtype=torch.float64),
+            "tensors": {
+                fqn: _global_tensor(tensor, by_name.get(fqn, []), average.dtypes[fqn])
+                for fqn, tensor in model_shards.by_name.items()
+                if tensor.is_held
+            },
+        }
+    # Like a module's, so that it survives torch.save; DCP does not see it.
+    content._metadata = _layout(model_shards)  # type: ignore[attr-defined]
+    return content
+
+
+def load_state(
+    content: Mapping[str, Any], averages: Sequence[Average], model_shards: ModelShards
+) -> Position:
+    """Take the state back, after DCP filled it in place or from a copy of this rank's own.
+
+    Returns:
+        The position of the clock.
+
+    Raises:
+        CheckpointMismatch: It lacks an average or a tensor, or a copy was made of another rank's
+            state or under another layout.
+    """
+    for average in averages:
+        if average.name not in content:
+            raise CheckpointMismatch(
+                f"the state has no average {average.name!r}, only "
+                f"{sorted(set(content) - {'clock'})}"
+            )
+        own = {(shard.fqn, shard.box): shard.tensor for shard in average.own_shards()}
+        given = _given_shards(content[average.name]["tensors"], model_shards)
+        for key, tensor in own.items():
+            if key not in given:
+                raise CheckpointMismatch(
+                    f"{key[0]}: the state of average {average.name!r} has no box at "
+                    f"{key[1].offsets} of sizes {key[1].sizes}, which this rank holds. State is "
+                    "loaded by the rank that saved it; to reshard, use Averager.save and load, or "
+                    "torch.distributed.checkpoint"
+                )
+            if given[key].data_ptr() != tensor.data_ptr():
+                _check_own(content, model_shards)
+                tensor.copy_(given[key])
+    for average in averages:
+        average.num_updates = int(content[average.name]["num_updates"][0])
+    steps, numerator, denominator = (int(value) for value in content["clock"])
+    return Position(steps, Fraction(numerator, denominator))
+
+
+def _check_own(content: Mapping[str, Any], model_shards: ModelShards) -> None:
+    found = getattr(content, "_metadata", None)
+    if found != _layout(model_shards):
+        raise CheckpointMismatch(
+            "this state is a copy of another rank's, or was made under another layout; a copy "
+            "can only be loaded by the rank that made it. To reshard, use Averager.save and "
+            "load, or torch.distributed.checkpoint"
+        )
+
+
+def _layout(model_shards: ModelShards) -> dict[str, Any]:
+    """Which part of which tensor this rank holds, as plain data."""
+    return {
+        "rank": model_shards.rank,
+        "boxes": [(shard.fqn, shard.box.offsets, shard.box.sizes) for shard in model_shards.owned],
+    }
+
+
+def _global_tensor(tensor: LiveTensor, shards: Sequence[Shard], dtype: torch.dtype) -> Tensor:
+    """This rank's part of one tensor of an average in the form that DCP understands."""
+    live = tensor.named.tensor
+    if isinstance(live, DTensor):
+        local = shards[0].tensor if shards else torch.empty_like(tensor.local, dtype=dtype)
+        return DTensor.from_local(
+            local,
+            live.device_mesh,
+            live.placements,
+            run_check=False,
+            shape=live.shape,
+            stride=live.stride(),
+        )
+    if not tensor.is_divided or tensor.replicas is None:
+        return shards[0].tensor if shards else torch.empty_like(tensor.local, dtype=dtype)
+    from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
+
+    pieces, offsets = [s.tensor for s in shards], [s.box.offsets for s in shards]
+    if not pieces:  # DCP wants one box from every rank: an empty one past the last row
+        shape = tensor.global_shape
+        pieces = [torch.empty((0, *shape[1:]), dtype=dtype, device=live.device)]
+        offsets = [(shape[0], *(0,) * (len(shape) - 1))] if shape else [()]
+    mesh = DeviceMesh.from_group(tensor.replicas.group, live.device.type)
+    wrapper = LocalShardsWrapper(pieces, offsets)
+    return DTensor.from_local(
+        wrapper,
+        mesh,
+        [ShardPlacement(0)],
+        run_check=False,
+        shape=live.shape,
+        stride=live.stride(),
+    )
+
+
+def _given_shards(
+    tensors: Mapping[str, Tensor], model_shards: ModelShards
+) -> dict[tuple[str, Any], Tensor]:
+    """The boxes in a state: the inverse of `_global_tensor`."""
+    given: dict[tuple[str, Any], Tensor] = {}
+    owned: dict[str, list[Shard]] = {}
+    for shard in model_shards.owned:
+        owned.setdefault(shard.fqn, []).append(shard)
+    with torch.no_grad():
+        for fqn, tensor in tensors.items():
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            pieces = local.local_shards() if hasattr(local, "local_shards") else [local]
+            expected = owned.get(fqn, [])
+            if [tuple(p.shape) for p in pieces] == [shard.box.sizes for shard in expected]:
+                given.update(
+                    ((fqn, shard.box), piece) for shard, piece in zip(expected, pieces, strict=True)
+                )
+    return given

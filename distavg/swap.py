@@ -1,0 +1,202 @@
+"""An average in place of the live weights, and back, without a trace.
+
+Going in, each rank exchanges the shards that it owns: in place where average and live weights
+have one dtype, so that the live values wait in the average's memory. Where replicas divide the
+average, each owner then broadcasts its part to the others. Coming back is the same exchange, and
+the same broadcast with the live values. On FSDP2 and plain models the weights need no
+communication; the ranks only tell each other that all went well.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from distavg.average import Average, is_exchanged
+from distavg.comm import Comm
+from distavg.errors import DistavgError, RankError, StateError
+from distavg.foreach import exchange_
+from distavg.shards import ModelShards
+
+__all__ = ["applied", "make_permanent"]
+
+logger = logging.getLogger("distavg")
+
+# What a rank announces when it leaves the body of `applied()`.
+_WELL, _RAISED, _WROTE = 0, 1, 2
+
+
+@contextmanager
+def applied(average: Average, model_shards: ModelShards, comm: Comm) -> Iterator[None]:
+    """The body runs with the average in place of the live weights. Collective at both ends.
+
+    Going in: a vote of all ranks, then, where replicas divide the average, a checksum of them
+    and a broadcast of every piece from its owner. Coming back: an all-gather of one integer,
+    then the broadcast of the live pieces. A rank whose body raised does not wait for the others,
+    unless they need its pieces.
+
+    Raises:
+        StateError: A weight was written to inside the body.
+        RankError: Another rank's body raised, or a rank was lost; an exception of this rank's
+            own body goes first.
+    """
+    swap = _Swap(average, model_shards, comm)
+    swap.enter()
+    code = _WELL
+    try:
+        with _undisturbed(model_shards.modules, {t.local.device for t in model_shards.tensors}):
+            yield
+    except BaseException:
+        code = _RAISED
+        raise
+    finally:
+        swap.leave(code)
+
+
+class _Swap:
+    """The exchange behind `applied`, and what must be remembered to undo it."""
+
+    def __init__(self, average: Average, model_shards: ModelShards, comm: Comm) -> None:
+        self._average = average
+        self._shards = model_shards
+        self._comm = comm
+        self._doing = f"applied({average.name!r})"
+        self._pairs = [
+            (shard.tensor, tensor)
+            for shard, tensor in zip(average.live, average.tensors, strict=True)
+        ]
+        self._kept: dict[int, Tensor] = {}  # live values whose average has another dtype
+        self._num_swapped = 0
+        self._versions: list[tuple[str, Tensor, int]] = []
+
+    def enter(self) -> None:
+        """Put the average in place; on a failure of any rank put the live weights back on all."""
+        if self._shards.pieces:
+            self._shards.check_replicas(self._doing)
+        error: Exception | None = None
+        try:
+            self._shards.check_current()
+            self._put_average()
+        except Exception as caught:
+            error = caught
+        try:
+            self._comm.raise_together(error, self._doing)
+        except BaseException:
+            self._put_live()
+            raise
+        try:
+            _share_pieces(self._shards, self._doing)
+        except BaseException as caught:
+            self._put_live()
+            self._mark_lost(caught)
+            raise
+        self._average.is_applied = True
+        self._versions = [
+            (tensor.fqn, each, each._version)
+            for tensor in self._shards.tensors
+            if not tensor.named.is_buffer
+            for each in (tensor.named.tensor, tensor.local)
+        ]
+
+    def leave(self, code: int) -> None:
+        """Put the live weights back, whatever happened; raise unless the body did."""
+        self._shards.reshard()
+        written = next((fqn for fqn, tensor, v in self._versions if tensor._version != v), None)
+        self._put_live()
+        self._average.is_applied = False
+        error: DistavgError | None = None
+        if written is not None and code == _WELL:
+            code = _WROTE
+            error = StateError(
+                f"{written} was written to inside {self._doing}; the live weights are restored as "
+                "they were before, and what was written is lost. Train outside of it, or make the "
+                "average permanent with copy_to()"
+            )
+        try:
+            others = self._comm.announce(code, self._doing)
+            _share_pieces(self._shards, self._doing)
+        except RankError as lost:
+            if self._shards.pieces:
+                self._mark_lost(lost)
+            error = error or lost
+            others = {}
+        if others:
+            what = {_RAISED: "raised an exception", _WROTE: "wrote to weights"}
+            causes = ", ".join(f"rank {rank} {what[c]}" for rank, c in others.items())
+            error = RankError(
+                f"{self._doing}: {causes} inside the body; see its own output. The live weights "
+                "are back in place on this rank"
+            )
+        if error is not None and code != _RAISED:
+            raise error
+
+    def _mark_lost(self, cause: BaseException) -> None:
+        self._shards.lost = (
+            f"{self._doing} lost a rank before it could restore the live weights that replicas "
+            f"share, so this rank's live weights are not restored. Resume from a checkpoint. "
+            f"({cause})"
+        )
+        logger.error(self._shards.lost)
+
+    @torch.no_grad()
+    def _put_average(self) -> None:
+        for i, (live, tensor) in enumerate(self._pairs):
+            if is_exchanged(live, tensor):
+                exchange_(live, tensor)
+            else:
+                self._kept[i] = live.clone()
+                live.copy_(tensor)
+            self._num_swapped = i + 1
+
+    @torch.no_grad()
+    def _put_live(self) -> None:
+        for i, (live, tensor) in enumerate(self._pairs[: self._num_swapped]):
+            if is_exchanged(live, tensor):
+                exchange_(live, tensor)
+            else:
+                live.copy_(self._kept.pop(i))
+        self._num_swapped = 0
+
+
+@torch.no_grad()
+def make_permanent(average: Average, model_shards: ModelShards) -> None:
+    """Copy an average over the live weights. Collective where replicas divide it."""
+    for live, shard in zip(average.live, average.shards(), strict=True):
+        live.tensor.copy_(shard.tensor)
+    _share_pieces(model_shards, "copy_to()")
+
+
+def _share_pieces(model_shards: ModelShards, doing: str) -> None:
+    """Give every replica the live pieces that another owns. Collective; see `ReplicaGroup`."""
+    for group, parts in model_shards.pieces:
+        group.share([[shard.tensor for shard in part] for part in parts], doing)
+
+
+@contextmanager
+def _undisturbed(modules: Sequence[nn.Module], devices: set[torch.device]) -> Iterator[None]:
+    """Restore buffers, train/eval modes and PyTorch's RNG states after the body.
+
+    Costs a copy of the buffers, non-persistent ones included.
+    """
+    modes = [(module, module.training) for module in modules]
+    buffers = [
+        (module, key, buffer, buffer._version, buffer.clone())
+        for module in modules
+        for key, buffer in module.named_buffers(recurse=False)
+    ]
+    accelerators = [device for device in devices if device.type not in ("cpu", "meta")]
+    kind = accelerators[0].type if accelerators else "cuda"
+    try:
+        with torch.random.fork_rng([device.index for device in accelerators], device_type=kind):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for module, key, buffer, version, saved in buffers:
+            if buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(saved)
+            if getattr(module, key) is not buffer:
+                setattr(module, key, buffer)
