@@ -1,0 +1,494 @@
+"""`Averager`: running averages of a model's weights, kept in shards inside distributed training."""
+
+import logging
+import os
+import re
+import uuid
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from distavg.average import Average
+from distavg.checkpoint.load import plan_load
+from distavg.checkpoint.save import Also, SaveHandle, SaveRequest, save
+from distavg.comm import Comm
+from distavg.errors import ConfigError, StateError, UnsupportedError
+from distavg.gather import copy_into, iter_whole_tensors, squared_distance
+from distavg.hooks import OptimizerHooks
+from distavg.rules import Rule
+from distavg.schedule import Clock, Position, Schedule
+from distavg.shards import Model, ModelShards
+from distavg.state import load_state, state
+from distavg.swap import applied, make_permanent
+
+__all__ = ["Averager"]
+
+logger = logging.getLogger("distavg")
+
+_CPU = torch.device("cpu")
+
+
+class Averager:
+    """Running averages of a model's weights; each rank keeps its shard of each.
+
+    Building one is collective over `process_group` and takes the averages' memory. Updates never
+    communicate. Methods that are collective say so; every rank must call them, in one order.
+
+    Args:
+        model: A plain, DDP, `fully_shard` (FSDP2) or compiled module on its final device, with
+            its wrappers in place; or a mapping of prefix to such modules.
+        rules: One rule, or a mapping of names to rules; a rule alone is named by its kind.
+        clock: The length of epochs and of the run, for times in `ep` and `dur`.
+        dtype: The dtype of the averages, one or a mapping by name. None: fp32 for bf16 and fp16
+            parameters, otherwise the parameter's own.
+        device: None: beside the parameters. Averages in host memory come with a later release.
+        process_group: The ranks that hold parts of the model; None for all.
+        replicas: The ranks that hold identical plain parameters; found without help for DDP.
+            A plain model under a process group without it is averaged whole on every rank.
+        shard_replicas: Whether replicas divide the averages among themselves. False keeps whole
+            copies, so that `applied()` needs no peer to restore the live weights.
+        include: Patterns (`fnmatch`) of the canonical names to average; None for all. Only
+            trainable floating parameters, and buffers under `buffers`, are ever averaged.
+        exclude: Patterns of canonical names to leave out.
+        buffers: `"live"`: evaluation uses the live ones. `"copied"`: taken at each update, as
+            PyTorch's AveragedModel does. `"averaged"`: floating ones by the rule, others copied.
+            Each rank keeps its own, since buffers may differ between ranks; rank 0's are saved.
+        timeout: How long collectives of this object wait for a rank; None for PyTorch's default.
+
+    Raises:
+        ConfigError: An argument that cannot be, a time that the clock cannot resolve, a schedule
+            that never updates, nothing to average.
+        UnsupportedError: A wrapper or an option of a later release.
+        ReplicaMismatch: Replicas that differ.
+
+    >>> from distavg import EMA
+    >>> model = nn.Linear(2, 1)
+    >>> averager = Averager(model, EMA(0.9))
+    >>> averager.step()
+    >>> with averager.applied():
+    ...     prediction = model(torch.ones(2))
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        rules: Rule | Mapping[str, Rule],
+        *,
+        clock: Clock | None = None,
+        dtype: torch.dtype | Mapping[str, torch.dtype | None] | None = None,
+        device: torch.device | str | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        replicas: dist.ProcessGroup | None = None,
+        shard_replicas: bool = True,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        buffers: str = "live",
+        timeout: timedelta | None = None,
+    ) -> None:
+        named_rules = {rules.kind: rules} if isinstance(rules, Rule) else dict(rules)
+        self._comm = Comm(process_group, timeout)
+        self._clock = clock or Clock()
+        self._position = Position()
+        self._id = uuid.uuid4().hex
+        self._broken: str | None = None
+        self._hooks = OptimizerHooks(self.step)
+        with self._comm.together("building an Averager"):
+            _check_arguments(named_rules, dtype=dtype, device=device, buffers=buffers)
+            schedules = [Schedule(n, rule, self._clock) for n, rule in named_rules.items()]
+            self._shards = ModelShards(
+                model,
+                self._comm,
+                replicas=replicas,
+                shard_replicas=shard_replicas,
+                include=include,
+                exclude=exclude,
+                hold_buffers=buffers != "live",
+            )
+            self._averages = {
+                schedule.name: Average(
+                    schedule,
+                    self._shards,
+                    dtype=dtype.get(schedule.name) if isinstance(dtype, Mapping) else dtype,
+                    buffers=buffers,
+                )
+                for schedule in schedules
+            }
+        self._shards.check_replicas("building an Averager")
+        if self._comm.size > 1 and self._comm.rank == 0 and self._shards.has_unknown_replicas:
+            logger.warning(
+                "the model has plain parameters outside DDP: every rank keeps their averages "
+                "whole. Pass replicas= the group of ranks that hold the same ones to divide them"
+            )
+        for average in self._averages.values():
+            if average.schedule.starts_at(None, self._position):
+                average.update()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The averages' names, in the order in which they were given."""
+        return tuple(self._averages)
+
+    def __getitem__(self, name: str) -> Average:
+        """One average: its `rule`, `num_updates`, `nbytes` and this rank's `shards()`."""
+        return self._named(name)
+
+    @property
+    def step_count(self) -> int:
+        """Optimizer steps seen, those before a resume included."""
+        return self._position.steps
+
+    def attach(self, *optimizers: Optimizer) -> RemovableHandle:
+        """Call `step` after every step of these optimizers that changed the weights.
+
+        Steps that GradScaler skips do not count. Several optimizers, of one call or of several,
+        count as one step once each of them has stepped. Wrappers with an `.optimizer`, such as
+        accelerate's, are seen through.
+
+        Returns:
+            A handle whose `remove()` detaches them.
+
+        Raises:
+            ConfigError: Not an optimizer, or one that is attached already.
+        """
+        return self._hooks.attach(optimizers)
+
+    def step(self) -> None:
+        """One optimizer step has passed: update the averages that are due. No communication.
+
+        Raises:
+            StateError: An average is applied at the moment.
+        """
+        self._check_idle("step()")
+        before, after = self._position, self._clock.after_step(self._position)
+        for average in self._averages.values():
+            if average.schedule.due(before, after):
+                average.update()
+        self._position = after
+
+    def update(self, name: str | None = None) -> None:
+        """Update an average now, whatever its schedule says. No communication.
+
+        Raises:
+            StateError: An average is applied at the moment.
+        """
+        average = self._named(name)
+        self._check_idle("update()")
+        average.update()
+
+    def synchronize(self) -> None:
+        """Wait for updates still under way, before weights are edited by hand.
+
+        Updates are queued on the stream that is current at the step; on the CPU they are done
+        when `step` returns.
+        """
+        for device in {shard.tensor.device for shard in self._shards.owned} - {_CPU}:
+            torch.accelerator.synchronize(device)
+
+    def applied(self, name: str | None = None) -> AbstractContextManager[None]:
+        """A context with the average in place of the live weights. Collective at both ends.
+
+        Afterwards the live weights, buffers, modes and RNG states are bit for bit as before,
+        also when the body raises. Before an average's first update the context does nothing.
+
+        Extra memory: the buffers, at most 64 MiB of temporaries, and a copy of the live weights
+        that this rank owns where the average has another dtype.
+
+        Raises:
+            StateError: An average is applied already; or, at the end, a weight was written to.
+            ReplicaMismatch: Replicas differ, so that one rank's weights could not be restored.
+            RankError: A rank was lost, or another rank's body raised.
+        """
+        return self._applied(self._named(name))
+
+    @contextmanager
+    def _applied(self, average: Average) -> Iterator[None]:
+        self._check_idle("applied()")
+        if average.num_updates == 0:
+            if not average.was_read_early and self._comm.rank == 0:
+                logger.warning(
+                    "average %r has had no update yet: applied() leaves the live weights in place",
+                    average.name,
+                )
+            average.was_read_early = True
+            yield
+            return
+        with applied(average, self._shards, self._comm):
+            yield
+
+    def copy_to(self, module: nn.Module | None = None, name: str | None = None) -> None:
+        """Copy an average into another module, or for good into the live model. Collective.
+
+        Args:
+            module: A module with the same canonical names and shapes, wrapped in any way that an
+                Averager accepts; it gets the tensors that the average does not hold from the
+                live model. None: the live model itself.
+            name: Which average.
+
+        Nothing is communicated where each rank holds what its part of the target needs.
+
+        Raises:
+            ModelMismatch: Another module's names or shapes.
+            StateError: The live model is the target and an average is applied.
+        """
+        average = self._named(name)
+        if module is None:
+            self._check_idle("copy_to()")
+            self._shards.check_current()
+            make_permanent(average, self._shards)
+        else:
+            self._check_usable()
+            with self._comm.together("copy_to()"):
+                target = ModelShards(module, self._comm, shard_replicas=False)
+            copy_into(average, self._shards, target, self._comm)
+
+    def full_state_dict(
+        self, name: str | None = None, *, all_ranks: bool = False
+    ) -> dict[str, Tensor]:
+        """Whole tensors of an average in host memory, as `model.state_dict()`. Collective.
+
+        Includes buffers, frozen parameters and tied names. Rank 0's dict is filled, the others'
+        are empty unless `all_ranks`.
+        """
+        tensors = self.iter_full_tensors(name, all_ranks=all_ranks)
+        return {fqn: tensor for fqn, tensor in tensors if tensor is not None}
+
+    def iter_full_tensors(
+        self, name: str | None = None, *, all_ranks: bool = False
+    ) -> Iterator[tuple[str, Tensor | None]]:
+        """The same one tensor at a time, so that no rank holds a whole model. Collective.
+
+        Every rank must run the iterator to its end.
+
+        Yields:
+            Canonical name, and the tensor on rank 0 (with `all_ranks` on all), None elsewhere.
+        """
+        average = self._named(name)
+        self._check_usable()
+        return iter_whole_tensors(average.shards(), self._shards, self._comm, all_ranks=all_ranks)
+
+    def recalibrate_batchnorm(
+        self, batches: object, name: str | None = None, **options: object
+    ) -> NoReturn:
+        """Recompute BatchNorm statistics for an average; comes with a later release.
+
+        Raises:
+            UnsupportedError: Always, in this release.
+        """
+        raise UnsupportedError(
+            "recalibrate_batchnorm is not in this release; with buffers='copied' or 'averaged' an "
+            "average keeps BatchNorm statistics of its own meanwhile"
+        )
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        block: bool = True,
+        overwrite: bool = False,
+        keep: int | None = None,
+        also: Also | None = None,
+    ) -> SaveHandle:
+        """Write a checkpoint of the averages; each rank writes its own shards. Collective.
+
+        The checkpoint becomes visible in one rename, whole, when everything of it is on the
+        disk. Inside `applied()` it saves the average all the same.
+
+        Args:
+            path: A folder of its own, on a file system that all ranks share.
+            block: Background saves come with a later release.
+            overwrite: Replace the checkpoint at `path`; it stays whole until the new one is.
+            keep: Afterwards remove all but this many newest checkpoints of this run (the same
+                averager, over resumes) in the parent folder.
+            also: `also(folder)` is called on every rank before the commit, to write model and
+                optimizer; `load(also=)` hands the folder back.
+
+        Raises:
+            CheckpointExists: There is something at `path`.
+            CheckpointError: Anything failed on any rank; nothing is left behind.
+            ReplicaMismatch: Averages that ranks hold whole differ.
+            StateError: `also` inside `applied()`: it would take the average for the model.
+        """
+        self._check_usable()
+        if not block:
+            raise UnsupportedError("save(block=False) is not in this release: save with block=True")
+        if keep is not None and keep < 1:
+            raise ConfigError(f"save: keep={keep} would remove the checkpoint itself: at least 1")
+        if also is not None and (inside := self._applied_name()):
+            raise StateError(
+                f"save(also=...) inside applied({inside!r}) would save the average as the model's "
+                "weights: save after the context"
+            )
+        request = SaveRequest(
+            Path(path),
+            self._id,
+            self._position.steps,
+            self._position.epochs,
+            overwrite=overwrite,
+            keep=keep,
+            also=also,
+        )
+        with self._comm.together(f"saving to {path}"):
+            self._shards.check_current()
+        save(request, list(self._averages.values()), self._shards, self._comm)
+        return SaveHandle(request.path)
+
+    def load(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        names: Mapping[str, str] | None = None,
+        missing: str = "error",
+        rules: str = "error",
+        cast: bool = False,
+        verify: bool = True,
+        also: Also | None = None,
+    ) -> None:
+        """Read a checkpoint, saved on any world size and layout. Collective.
+
+        Averages, their counters and the clock are read; the live weights are never touched.
+        Everything that can be checked is checked before anything changes.
+
+        Args:
+            path: The checkpoint.
+            names: Saved name -> name here, for averages that were renamed.
+            missing: What becomes of an average here that was not saved: `"error"`, or
+                `"from_model"`: it starts from the live weights.
+            rules: Where the saved rule differs: `"error"`, or go on with the `"current"` or the
+                `"saved"` one.
+            cast: Convert from another dtype.
+            verify: Compare the data's checksums while reading.
+            also: `also(folder)` is called on every rank with the folder that `save(also=)` wrote.
+
+        Raises:
+            CheckpointNotFound: There is no committed checkpoint.
+            CheckpointCorrupt: A file is missing, torn, foreign or spoiled. Where that shows only
+                while data is read, the averager refuses everything but another load.
+            CheckpointMismatch: Other names, shapes, dtypes or rules.
+            StateError: An average is applied at the moment.
+        """
+        if inside := self._applied_name():
+            raise StateError(f"load() inside applied({inside!r}): load after the context")
+        averages = list(self._averages.values())
+        doing = f"loading {path}"
+        with self._comm.together(doing):
+            plan = plan_load(
+                Path(path),
+                averages,
+                self._shards,
+                names=names,
+                missing=missing,
+                rules=rules,
+                cast=cast,
+                need_extra=also is not None,
+            )
+            schedules = {n: Schedule(n, rule, self._clock) for n, rule in plan.rules.items()}
+        self._broken = (
+            f"{doing} failed half-way, so the averages hold a mixture of old and new values: load "
+            "a good checkpoint first"
+        )
+        with self._comm.together(doing):
+            plan.read(averages, verify=verify)
+        for average in averages:
+            source = plan.sources.get(average.name)
+            average.num_updates = source.num_updates if source is not None else 0
+            average.schedule = schedules.get(average.name, average.schedule)
+        self._position = Position(plan.manifest.steps, plan.manifest.epochs)
+        self._id = plan.manifest.averager_id
+        self._broken = None
+        if also is not None:
+            with self._comm.together(f"also= of {doing}"):
+                also(plan.path / str(plan.manifest.extra_folder))
+
+    def state_dict(self) -> "OrderedDict[str, Any]":
+        """Live references to the averages, for `torch.distributed.checkpoint`. Not collective.
+
+        `dcp.save({"averager": averager})` and `dcp.load` of it reshard like a model's state. A
+        copy made with `torch.save` can be loaded only by the rank that made it.
+        """
+        self._check_usable()
+        return state(list(self._averages.values()), self._shards, self._position)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave, after DCP filled it, or a copy of it.
+
+        Raises:
+            CheckpointMismatch: Something is missing, or it is a copy of another rank's.
+            StateError: An average is applied at the moment.
+        """
+        if inside := self._applied_name():
+            raise StateError(f"load_state_dict() inside applied({inside!r}): load after it")
+        self._position = load_state(state_dict, list(self._averages.values()), self._shards)
+
+    def metrics(self, *, distance: bool = False) -> dict[str, float]:
+        """Counters, weights and bytes on this rank, by `<average>/<metric>`.
+
+        Args:
+            distance: Also the Euclidean distance between the average and the live weights, over
+                all ranks, and that relative to the live weights' norm. Collective: one
+                all-gather of two numbers per average.
+        """
+        self._check_usable()
+        metrics: dict[str, float] = {"step_count": self.step_count}
+        for name, average in self._averages.items():
+            metrics[f"{name}/num_updates"] = average.num_updates
+            metrics[f"{name}/next_weight"] = average.weight
+            metrics[f"{name}/bytes"] = average.nbytes
+            if distance:
+                self._check_idle("metrics(distance=True)")
+                squares = self._comm.gather(squared_distance(average, self._shards), "metrics()")
+                apart, norm = (sum(column) ** 0.5 for column in zip(*squares, strict=True))
+                metrics[f"{name}/distance"] = apart
+                metrics[f"{name}/relative_distance"] = apart / norm if norm else 0.0
+        return metrics
+
+    def _named(self, name: str | None) -> Average:
+        if name is None and len(self._averages) == 1:
+            return next(iter(self._averages.values()))
+        if name not in self._averages:
+            what = "several averages: name one of" if name is None else f"no average {name!r}, only"
+            raise ConfigError(f"there are {what} {list(self._averages)}")
+        return self._averages[name]
+
+    def _applied_name(self) -> str | None:
+        return next((a.name for a in self._averages.values() if a.is_applied), None)
+
+    def _check_usable(self) -> None:
+        if problem := self._broken or self._shards.lost:
+            raise StateError(problem)
+
+    def _check_idle(self, call: str) -> None:
+        self._check_usable()
+        if inside := self._applied_name():
+            raise StateError(
+                f"{call} inside applied({inside!r}): the live weights are the average's there, "
+                "and would be averaged, or lost, at the end of the context"
+            )
+
+
+def _check_arguments(
+    rules: Mapping[str, Rule], *, dtype: object, device: object, buffers: str
+) -> None:
+    if not rules:
+        raise ConfigError("Averager: give at least one rule")
+    for name, rule in rules.items():
+        if not isinstance(rule, Rule):
+            raise ConfigError(f"average {name!r}: {rule!r} is not a rule such as EMA() or SWA()")
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII):
+            raise ConfigError(f"average {name!r}: a name is letters, digits, '_', '-' and '.'")
+    if isinstance(dtype, Mapping) and (unknown := set(dtype) - set(rules)):
+        raise ConfigError(f"Averager: dtype names {sorted(unknown)}, the averages {list(rules)}")
+    if device is not None:
+        raise UnsupportedError(
+            f"Averager: device={device!r}: averages lie beside the parameters in this release"
+        )
+    if buffers not in ("live", "copied", "averaged"):
+        raise ConfigError(f"Averager: buffers={buffers!r} is not 'live', 'copied' or 'averaged'")

@@ -1,0 +1,1 @@
+"""Checkpoints: safetensors shards that load on any world size, committed by one rename."""

@@ -1,0 +1,248 @@
+"""Shard files: safetensors that PyTorch's distributed reader understands, and verified reads.
+
+The safetensors library writes the files. They are read with `preadv` in whole checksum blocks,
+so that what reaches a tensor has been verified; mmap is avoided for the sake of network file
+systems.
+"""
+
+import json
+import math
+import os
+import struct
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import safetensors.torch
+import torch
+import xxhash
+from torch import Tensor
+
+from distavg.checkpoint.manifest import BLOCK_BYTES, SavedBox, SavedFile
+from distavg.checkpoint.plan import Read
+from distavg.errors import CheckpointCorrupt, CheckpointError
+from distavg.shards import Shard
+
+__all__ = ["ShardReader", "fsync_path", "group_boxes", "write_shards"]
+
+# Reads pass through a buffer of this size on the way to their tensors.
+BUFFER_BYTES = 32 * BLOCK_BYTES
+_SAVE_ID_KEY = "distavg.save_id"
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+
+
+def group_boxes(shards: Sequence[Shard]) -> list[list[Shard]]:
+    """Spread shards over files so that no file holds two boxes of one tensor.
+
+    PyTorch's reader keeps one box per name and file.
+    """
+    files: list[list[Shard]] = []
+    count: dict[str, int] = {}
+    for shard in shards:
+        index = count.get(shard.fqn, 0)
+        count[shard.fqn] = index + 1
+        if index == len(files):
+            files.append([])
+        files[index].append(shard)
+    return files
+
+
+def write_shards(
+    root: Path, folder: str, rank: int, shards: Sequence[Shard], save_id: str
+) -> list[SavedFile]:
+    """Write a rank's shards of one average and return what the manifest says of them.
+
+    Blocks are checksummed while a thread flushes the file to the disk.
+
+    Raises:
+        CheckpointError: The file exists already, or cannot be written.
+    """
+    groups = group_boxes(shards)
+    files = []
+    for number, group in enumerate(groups, start=1):
+        name = f"{folder}/shard-{rank + 1:05d}-model-{number:05d}-of-{len(groups):05d}.safetensors"
+        try:
+            files.append(_write_file(root / name, name, group, save_id))
+        except (OSError, safetensors.SafetensorError) as error:
+            raise CheckpointError(f"{root / name} cannot be written: {error}") from error
+    return files
+
+
+def _write_file(path: Path, name: str, group: Sequence[Shard], save_id: str) -> SavedFile:
+    sharding = {
+        shard.fqn: {"saved_offsets": shard.box.offsets, "global_shape": shard.global_shape}
+        for shard in group
+    }
+    metadata = {
+        "format": "pt",
+        "DCP_VERSION": "1.0",
+        "DCP_SHARDING_INFO": json.dumps(sharding),
+        _SAVE_ID_KEY: save_id,
+    }
+    tensors = {shard.fqn: shard.tensor.detach().cpu().contiguous() for shard in group}
+    with path.open("xb") as placeholder:  # exclusive, and with the mode that the umask gives
+        mode = os.fstat(placeholder.fileno()).st_mode
+    safetensors.torch.save_file(tensors, path, metadata)
+    path.chmod(mode & 0o777)
+    failures: list[OSError] = []
+    flush = threading.Thread(target=_flush, args=(path, failures))
+    flush.start()
+    checksums = {fqn: _block_checksums(tensor) for fqn, tensor in tensors.items()}
+    flush.join()
+    if failures:
+        raise failures[0]
+    header, data_start = _read_header(path)
+    entries = json.loads(header[8:])
+    return SavedFile(
+        name=name,
+        nbytes=path.stat().st_size,
+        header_checksum=xxhash.xxh3_128_hexdigest(header),
+        boxes=tuple(
+            SavedBox(
+                shard.fqn,
+                shard.box,
+                data_start + entries[shard.fqn]["data_offsets"][0],
+                checksums[shard.fqn],
+            )
+            for shard in group
+        ),
+    )
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class ShardReader:
+    """An open shard file whose size and header are those that the manifest names.
+
+    Raises:
+        CheckpointCorrupt: Missing, torn, another save's, or a spoiled header.
+    """
+
+    def __init__(self, root: Path, file: SavedFile, save_id: str) -> None:
+        self._file = file
+        path = root / file.name
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            raise CheckpointCorrupt(f"{path} is missing") from None
+        except OSError as error:
+            raise CheckpointCorrupt(f"{path} cannot be read: {error}") from error
+        try:
+            self._check(path, save_id)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+
+    def __enter__(self) -> "ShardReader":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        os.close(self._descriptor)
+
+    def _check(self, path: Path, save_id: str) -> None:
+        nbytes = os.fstat(self._descriptor).st_size
+        try:
+            header, _ = _read_header(path)
+            intact = xxhash.xxh3_128_hexdigest(header) == self._file.header_checksum
+        except (OSError, ValueError):
+            header, intact = b"", False
+        if not intact and (other := _save_id(header)) not in (None, save_id):
+            raise CheckpointCorrupt(
+                f"{path} belongs to another save: its id is {other}, the manifest's {save_id}"
+            )
+        if nbytes != self._file.nbytes:
+            raise CheckpointCorrupt(
+                f"{path} is torn: it has {nbytes} bytes, the manifest says {self._file.nbytes}"
+            )
+        if not intact:
+            raise CheckpointCorrupt(f"{path}: the checksum of its header is wrong")
+
+    def read(self, box: SavedBox, read: Read, buffer: Tensor, *, verify: bool = True) -> None:
+        """Read whole blocks of a box into the start of a byte buffer, and verify them.
+
+        Raises:
+            CheckpointCorrupt: The file ends early, or a block's checksum is wrong.
+        """
+        view = _bytes_of(buffer)[: read.nbytes]
+        done = 0
+        while done < read.nbytes:
+            try:
+                got = os.preadv(self._descriptor, [view[done:]], box.begin + read.begin + done)
+            except OSError as error:
+                raise CheckpointCorrupt(f"{self._file.name} cannot be read: {error}") from error
+            if got == 0:
+                raise CheckpointCorrupt(f"{self._file.name} is torn: it ended while it was read")
+            done += got
+        if not verify:
+            return
+        for index, found in enumerate(_digests(view), start=read.first_block):
+            if found != box.checksums[16 * index : 16 * (index + 1)]:
+                raise CheckpointCorrupt(
+                    f"{self._file.name}: {box.fqn}: the checksum of block {index} is wrong "
+                    f"(bytes {box.begin + index * BLOCK_BYTES} and following of the file)"
+                )
+
+
+def place(read: Read, buffer: Tensor, dtype: torch.dtype, target: Tensor) -> None:
+    """Copy what was read from the buffer to the wanted tensor."""
+    items = buffer[: read.nbytes].view(dtype)
+    for copy in read.copies:
+        source = items[copy.start : copy.start + math.prod(copy.sizes)].view(copy.sizes)
+        target[copy.target.slices()].copy_(source[copy.source.slices()])
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous host tensor."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def _flush(path: Path, failures: list[OSError]) -> None:
+    try:
+        fsync_path(path)
+    except OSError as error:
+        failures.append(error)
+
+
+def _block_checksums(tensor: Tensor) -> str:
+    return "".join(_digests(_bytes_of(tensor)))
+
+
+def _digests(data: memoryview) -> list[str]:
+    return [
+        xxhash.xxh3_64_hexdigest(data[start : start + BLOCK_BYTES])
+        for start in range(0, len(data), BLOCK_BYTES)
+    ]
+
+
+def _read_header(path: Path) -> tuple[bytes, int]:
+    """The header with its length prefix, and where the data begins."""
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise ValueError("no header")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > _MAX_HEADER_BYTES:
+            raise ValueError("absurd header length")
+        return prefix + file.read(length), 8 + length
+
+
+def _save_id(header: bytes) -> str | None:
+    try:
+        metadata: Mapping[str, Any] = json.loads(header[8:])["__metadata__"]
+        return str(metadata[_SAVE_ID_KEY])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None

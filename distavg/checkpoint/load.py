@@ -1,0 +1,233 @@
+"""Loading and verifying: every rank reads what it owns, from any world size and layout.
+
+All that can be known before data is read is checked first, on every rank, before anything in
+memory changes: the manifest, the names, shapes, dtypes and rules, the cover of what is wanted,
+and every needed file's presence, size and header. Then the data goes straight into the averages'
+memory, verified block by block on the way.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from distavg.average import Average
+from distavg.checkpoint.files import BUFFER_BYTES, ShardReader, place
+from distavg.checkpoint.manifest import Manifest, SavedAverage, SavedBox, SavedFile, read_manifest
+from distavg.checkpoint.plan import Read, plan_reads
+from distavg.errors import CheckpointCorrupt, CheckpointMismatch, ConfigError
+from distavg.rules import Rule, rule_from_record
+from distavg.shards import ModelShards, Shard
+
+__all__ = ["LoadPlan", "plan_load", "verify_checkpoint"]
+
+logger = logging.getLogger("distavg")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPlan:
+    """Everything that a load will do on this rank, checked.
+
+    Attributes:
+        path: The checkpoint.
+        manifest: Its manifest.
+        sources: What is saved of each average that will be read, by the name it has here.
+        rules: The rule that each of them goes on with.
+    """
+
+    path: Path
+    manifest: Manifest
+    sources: dict[str, SavedAverage]
+    rules: dict[str, Rule]
+
+    def read(self, averages: Sequence[Average], *, verify: bool) -> None:
+        """Fill the averages' memory.
+
+        Raises:
+            CheckpointCorrupt: A file was torn or spoiled after all; memory is half filled.
+        """
+        buffer = torch.empty(BUFFER_BYTES, dtype=torch.uint8)
+        for average in averages:
+            source = self.sources[average.name]
+            for file, wanted in _by_file(source, average.own_shards()):
+                with ShardReader(self.path, file, self.manifest.save_id) as reader:
+                    for box, shard, reads in wanted:
+                        dtype = getattr(torch, source.tensors[box.fqn].dtype)
+                        for read in reads:
+                            reader.read(box, read, buffer, verify=verify)
+                            place(read, buffer, dtype, shard.tensor)
+
+
+def plan_load(
+    path: Path,
+    averages: Sequence[Average],
+    model_shards: ModelShards,
+    *,
+    names: Mapping[str, str] | None,
+    missing: str,
+    rules: str,
+    cast: bool,
+    need_extra: bool,
+) -> LoadPlan:
+    """Check everything that can be known before data is read. Not collective.
+
+    Args:
+        path: The checkpoint.
+        averages: The averages of the averager.
+        model_shards: The live tensors.
+        names: Saved name -> name here, for averages that were renamed.
+        missing: `"error"` or `"from_model"`: what becomes of an average that was not saved.
+        rules: `"error"`, `"current"` or `"saved"`: which rule goes on where they differ.
+        cast: Whether another dtype is converted.
+        need_extra: Whether what `save(also=)` wrote is wanted, too.
+
+    Raises:
+        CheckpointNotFound: There is no committed checkpoint.
+        CheckpointCorrupt: The manifest or a file is missing, torn, foreign or spoiled.
+        CheckpointMismatch: It is not of these averages or of this model.
+        ConfigError: A name or an option that cannot be.
+    """
+    for option, value, allowed in (
+        ("missing", missing, ("error", "from_model")),
+        ("rules", rules, ("error", "current", "saved")),
+    ):
+        if value not in allowed:
+            raise ConfigError(f"load: {option}={value!r} is none of {allowed}")
+    manifest = read_manifest(path)
+    if need_extra and manifest.extra_folder is None:
+        raise CheckpointMismatch(f"{path} was saved without also=, so load(also=) has no folder")
+    sources = _sources(path, manifest, [a.name for a in averages], names or {}, missing)
+    chosen: dict[str, Rule] = {}
+    for average in averages:
+        if average.name in sources:
+            source = sources[average.name]
+            chosen[average.name] = _choose_rule(path, average, source, rules)
+            _check_tensors(path, average, source, model_shards, cast=cast)
+            _check_files(path, manifest, average, source)
+    return LoadPlan(path, manifest, sources, chosen)
+
+
+def verify_checkpoint(path: Path, progress: Callable[[int], object] = lambda nbytes: None) -> int:
+    """Read every byte of a checkpoint's averages and compare all checksums. One process.
+
+    Args:
+        path: The checkpoint.
+        progress: Called with the number of bytes that were verified since the last call.
+
+    Returns:
+        The bytes that were verified.
+
+    Raises:
+        CheckpointNotFound: There is no committed checkpoint.
+        CheckpointCorrupt: Names the file, the tensor and the block.
+    """
+    manifest = read_manifest(path)
+    buffer = torch.empty(BUFFER_BYTES, dtype=torch.uint8)
+    total = 0
+    for name, average in manifest.averages.items():
+        if fault := average.fault():
+            raise CheckpointCorrupt(f"{path}: average {name!r} is not whole: {fault}")
+        for file in average.files:
+            with ShardReader(path, file, manifest.save_id) as reader:
+                for box in file.boxes:
+                    item_bytes = average.tensors[box.fqn].item_bytes
+                    for read in plan_reads(box.box, box.box, item_bytes, BUFFER_BYTES):
+                        reader.read(box, read, buffer)
+                        progress(read.nbytes)
+                        total += read.nbytes
+    return total
+
+
+def _sources(
+    path: Path, manifest: Manifest, here: Sequence[str], names: Mapping[str, str], missing: str
+) -> dict[str, SavedAverage]:
+    for saved, name in names.items():
+        if saved not in manifest.averages or name not in here:
+            raise ConfigError(
+                f"load: names={{{saved!r}: {name!r}}}: {path} holds {sorted(manifest.averages)}, "
+                f"this averager has {list(here)}"
+            )
+    sources = {names.get(saved, saved): each for saved, each in manifest.averages.items()}
+    if len(sources) < len(manifest.averages):
+        raise ConfigError(f"load: names={dict(names)} gives two saved averages one name")
+    if ignored := sorted(set(sources) - set(here)):
+        logger.info("%s: the saved averages %s are not asked for and left alone", path, ignored)
+    if absent := [name for name in here if name not in sources]:
+        if missing == "error":
+            raise CheckpointMismatch(
+                f"{path} holds the averages {sorted(manifest.averages)}, not {absent}: rename with "
+                "names=, or start them from the live weights with missing='from_model'"
+            )
+        logger.warning("%s: the averages %s start from the live weights", path, absent)
+    return {name: source for name, source in sources.items() if name in here}
+
+
+def _choose_rule(path: Path, average: Average, source: SavedAverage, rules: str) -> Rule:
+    current, saved = average.rule.record(), source.rule
+    if current == saved or rules == "current":
+        return average.rule
+    if rules == "saved":
+        return rule_from_record(saved)
+    differing = ", ".join(
+        f"{key}={saved.get(key)!r} was saved and {key}={current.get(key)!r} is asked for"
+        for key in {**saved, **current}
+        if saved.get(key) != current.get(key)
+    )
+    raise CheckpointMismatch(
+        f"{path}: average {average.name!r}: {differing}. Go on with one of them: rules='saved' or "
+        "rules='current'"
+    )
+
+
+def _check_tensors(
+    path: Path,
+    average: Average,
+    source: SavedAverage,
+    model_shards: ModelShards,
+    *,
+    cast: bool,
+) -> None:
+    for name in average.dtypes.keys() ^ source.tensors.keys():
+        if name in source.tensors:
+            text = "is in the checkpoint and not averaged here: build the model that was saved"
+        else:
+            text = (
+                f"is averaged here and not in the checkpoint: leave it out with exclude=[{name!r}]"
+            )
+        raise CheckpointMismatch(f"{path}: average {average.name!r}: {name} {text}")
+    for fqn, dtype in average.dtypes.items():
+        saved, shape = source.tensors[fqn], model_shards.by_name[fqn].global_shape
+        if saved.shape != shape:
+            raise CheckpointMismatch(
+                f"{fqn}: the checkpoint holds shape {saved.shape}, the model has {shape}. Build "
+                f"the model with the saved sizes, or skip the tensor with exclude=[{fqn!r}]"
+            )
+        if saved.dtype != str(dtype).removeprefix("torch.") and not cast:
+            raise CheckpointMismatch(
+                f"{fqn}: the checkpoint holds {saved.dtype}, the average is {dtype}. Convert with "
+                f"cast=True, or build the Averager with dtype=torch.{saved.dtype}"
+            )
+
+
+def _check_files(path: Path, manifest: Manifest, average: Average, source: SavedAverage) -> None:
+    if fault := source.fault():
+        raise CheckpointCorrupt(f"{path}: average {average.name!r} is not whole: {fault}")
+    for file, _ in _by_file(source, average.own_shards()):
+        with ShardReader(path, file, manifest.save_id):
+            pass
+
+
+def _by_file(
+    source: SavedAverage, shards: Sequence[Shard]
+) -> list[tuple[SavedFile, list[tuple[SavedBox, Shard, list[Read]]]]]:
+    """The reads that fill these shards, file by file."""
+    wanted: dict[str, tuple[SavedFile, list[tuple[SavedBox, Shard, list[Read]]]]] = {}
+    places = source.boxes()
+    for shard in shards:
+        item_bytes = source.tensors[shard.fqn].item_bytes
+        for file, box in places[shard.fqn]:
+            if reads := plan_reads(box.box, shard.box, item_bytes, BUFFER_BYTES):
+                wanted.setdefault(file.name, (file, []))[1].append((box, shard, reads))
+    return list(wanted.values())

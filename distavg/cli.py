@@ -1,0 +1,66 @@
+"""The command line: look at checkpoints and check them, with no process group and no GPU."""
+
+from datetime import datetime, timezone
+from pathlib import Path
+
+import click
+
+from distavg.checkpoint.load import verify_checkpoint
+from distavg.checkpoint.manifest import read_manifest
+from distavg.errors import DistavgError
+
+__all__ = ["main"]
+
+_PATH = click.argument("path", type=click.Path(path_type=Path))
+
+
+class _Commands(click.Group):
+    """A group whose commands turn distavg's errors into a message and exit status 1."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except DistavgError as error:
+            raise click.ClickException(f"{type(error).__name__}: {error}") from error
+
+
+@click.group(cls=_Commands)
+@click.version_option(package_name="distavg")
+def main() -> None:
+    """Look at checkpoints of averaged weights and check them."""
+
+
+@main.command()
+@_PATH
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+def inspect(path: Path, *, tensors: bool) -> None:
+    """Say what the checkpoint at PATH holds, from its manifest alone."""
+    manifest = read_manifest(path)
+    committed = datetime.fromtimestamp(manifest.committed_at, timezone.utc)
+    click.echo(f"{path}: committed {committed:%Y-%m-%d %H:%M:%S} UTC")
+    click.echo(f"step {manifest.steps}, epoch {float(manifest.epochs):g}")
+    for name, average in manifest.averages.items():
+        settings = ", ".join(f"{k}={v!r}" for k, v in average.rule.items() if k != "kind")
+        click.echo(f"{name}: {str(average.rule.get('kind')).upper()}({settings})")
+        click.echo(
+            f"  {average.num_updates} updates, {len(average.tensors)} tensors, "
+            f"{average.nbytes:,} bytes in {len(average.files)} files"
+        )
+        for tensor in average.tensors.values() if tensors else ():
+            tied = f" = {', '.join(tensor.aliases)}" if tensor.aliases else ""
+            click.echo(f"  {tensor.fqn}{tied}: {tensor.dtype} {list(tensor.shape)}")
+    if manifest.extra_folder is not None:
+        click.echo(f"written by also=: {manifest.extra_folder}")
+
+
+@main.command()
+@_PATH
+def verify(path: Path) -> None:
+    """Read every byte of the averages at PATH and compare all checksums.
+
+    What also= wrote is not covered: its own format has to vouch for it.
+    """
+    total = sum(average.nbytes for average in read_manifest(path).averages.values())
+    with click.progressbar(length=total, label="verifying") as bar:
+        verified = verify_checkpoint(path, bar.update)
+    click.echo(f"{path}: whole and unspoiled, {verified:,} bytes verified")
