@@ -1,5 +1,7 @@
 """Running averages of model weights (SWA, EMA), sharded, inside distributed PyTorch training."""
 
+from importlib.metadata import version
+
 from distavg.average import Average
 from distavg.averager import Averager
 from distavg.checkpoint.save import SaveHandle, latest
@@ -42,3 +44,5 @@ __all__ = [
     "UnsupportedError",
     "latest",
 ]
+
+__version__ = version("distavg")

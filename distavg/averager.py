@@ -19,9 +19,9 @@ from torch.utils.hooks import RemovableHandle
 
 from distavg.average import Average
 from distavg.checkpoint.load import plan_load
-from distavg.checkpoint.save import Also, SaveHandle, SaveRequest, save
+from distavg.checkpoint.save import Also, SaveHandle, SaveRequest, call_also, save
 from distavg.comm import Comm
-from distavg.errors import ConfigError, StateError, UnsupportedError
+from distavg.errors import CheckpointMismatch, ConfigError, StateError, UnsupportedError
 from distavg.gather import copy_into, iter_whole_tensors, squared_distance
 from distavg.hooks import OptimizerHooks
 from distavg.rules import Rule
@@ -391,6 +391,11 @@ class Averager:
                 need_extra=also is not None,
             )
             schedules = {n: Schedule(n, rule, self._clock) for n, rule in plan.rules.items()}
+        if len(set(self._comm.gather(plan.manifest.save_id, doing))) > 1:
+            raise CheckpointMismatch(
+                f"{path} is not the same checkpoint on all ranks: load from a file system that "
+                "they share"
+            )
         self._broken = (
             f"{doing} failed half-way, so the averages hold a mixture of old and new values: load "
             "a good checkpoint first"
@@ -405,8 +410,8 @@ class Averager:
         self._id = plan.manifest.averager_id
         self._broken = None
         if also is not None:
-            with self._comm.together(f"also= of {doing}"):
-                also(plan.path / str(plan.manifest.extra_folder))
+            with self._comm.together(doing):
+                call_also(also, plan.path / str(plan.manifest.extra_folder))
 
     def state_dict(self) -> "OrderedDict[str, Any]":
         """Live references to the averages, for `torch.distributed.checkpoint`. Not collective.

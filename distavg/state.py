@@ -30,12 +30,14 @@ def state(
 ) -> "OrderedDict[str, Any]":
     """The averages' tensors and counters, by reference."""
     clock = [position.steps, position.epochs.numerator, position.epochs.denominator]
-    content: OrderedDict[str, Any] = OrderedDict(clock=torch.tensor(clock, dtype=torch.float64))
+    content: OrderedDict[str, Any] = OrderedDict(
+        clock=torch.tensor(clock, dtype=torch.float64), averages={}
+    )
     for average in averages:
         by_name: dict[str, list[Shard]] = {}
         for shard in average.shards():
             by_name.setdefault(shard.fqn, []).append(shard)
-        content[average.name] = {
+        content["averages"][average.name] = {
             "num_updates": torch.tensor([average.num_updates], dtype=torch.float64),
             "tensors": {
                 fqn: _global_tensor(tensor, by_name.get(fqn, []), average.dtypes[fqn])
@@ -60,27 +62,32 @@ def load_state(
         CheckpointMismatch: It lacks an average or a tensor, or a copy was made of another rank's
             state or under another layout.
     """
+    saved = content["averages"]
+    copies: list[tuple[Tensor, Tensor]] = []
     for average in averages:
-        if average.name not in content:
+        if average.name not in saved:
             raise CheckpointMismatch(
-                f"the state has no average {average.name!r}, only "
-                f"{sorted(set(content) - {'clock'})}"
+                f"the state has no average {average.name!r}, only {sorted(saved)}"
             )
-        own = {(shard.fqn, shard.box): shard.tensor for shard in average.own_shards()}
-        given = _given_shards(content[average.name]["tensors"], model_shards)
-        for key, tensor in own.items():
-            if key not in given:
+        given = _given_shards(saved[average.name]["tensors"], model_shards)
+        for shard in average.own_shards():
+            value = given.get((shard.fqn, shard.box))
+            if value is None:
                 raise CheckpointMismatch(
-                    f"{key[0]}: the state of average {average.name!r} has no box at "
-                    f"{key[1].offsets} of sizes {key[1].sizes}, which this rank holds. State is "
-                    "loaded by the rank that saved it; to reshard, use Averager.save and load, or "
-                    "torch.distributed.checkpoint"
+                    f"{shard.fqn}: the state of average {average.name!r} has no box at "
+                    f"{shard.box.offsets} of sizes {shard.box.sizes}, which this rank holds. State "
+                    "is loaded by the rank that saved it; to reshard, use Averager.save and load, "
+                    "or torch.distributed.checkpoint"
                 )
-            if given[key].data_ptr() != tensor.data_ptr():
-                _check_own(content, model_shards)
-                tensor.copy_(given[key])
+            if value.data_ptr() != shard.tensor.data_ptr():
+                copies.append((shard.tensor, value))
+    if copies:
+        _check_own(content, model_shards)
+    with torch.no_grad():
+        for tensor, value in copies:
+            tensor.copy_(value)
     for average in averages:
-        average.num_updates = int(content[average.name]["num_updates"][0])
+        average.num_updates = int(saved[average.name]["num_updates"][0])
     steps, numerator, denominator = (int(value) for value in content["clock"])
     return Position(steps, Fraction(numerator, denominator))
 

@@ -401,7 +401,7 @@ def _forget_meshes() -> None:
     clear = getattr(torch.distributed.tensor.debug, "_clear_sharding_prop_cache", None)
     if clear is None:  # before torch 2.10 or so there is one cache, and no function for it
         dispatcher: Any = torch.distributed.tensor.DTensor._op_dispatcher
-        clear = dispatcher.sharding_propagator.propagate_op_sharding.cache_clear
+        clear = dispatcher.sharding_propagator.propagate_op_sharding.cache.cache_clear
     clear()
 
 

@@ -36,7 +36,7 @@ from distavg.checkpoint.manifest import (
     read_manifest,
 )
 from distavg.comm import Comm
-from distavg.errors import CheckpointError, CheckpointExists, CheckpointNotFound
+from distavg.errors import CheckpointError, CheckpointExists, CheckpointNotFound, DistavgError
 from distavg.layout import Box
 from distavg.shards import ModelShards, check_equal
 
@@ -111,8 +111,8 @@ def save(
 ) -> None:
     """Write a checkpoint. Collective; see the module for the protocol.
 
-    Communicates only small records, over gloo: a broadcast, three votes, and a gather to rank 0
-    of the file records (about 16 bytes for every 256 KiB of data).
+    Communicates only small records, over gloo: a broadcast, votes, and a gather to rank 0 of the
+    file records (about 16 bytes for every 256 KiB of data).
 
     Raises:
         CheckpointExists: There is a checkpoint or something else at the path.
@@ -132,20 +132,32 @@ def save(
             for average in averages:
                 records[average.name] = _write(request, target, average, model_shards, comm)
         if request.also is not None:
-            with comm.together(f"also= of {doing}"):
-                request.also(request.path / str(target.extra_folder))
+            with comm.together(doing):
+                call_also(request.also, request.path / str(target.extra_folder))
         gathered = comm.gather_to_first(records, doing)
         with comm.together(doing), _as_checkpoint_error(request.path):
             if gathered is not None:
                 _commit(request, target, averages, model_shards, gathered)
     except BaseException:
         if comm.rank == 0:
-            _clean(request.path)
+            with suppress(OSError):  # what cannot be removed now, the next save will remove
+                _clean(request.path)
         raise
-    if comm.rank == 0:
-        _clean(request.path)
-        if request.keep is not None:
-            _prune(request)
+    with comm.together(f"tidying up after {doing}"), _as_checkpoint_error(request.path):
+        if comm.rank == 0:
+            _clean(request.path)
+            if request.keep is not None:
+                _prune(request)
+
+
+def call_also(also: Also, folder: Path) -> None:
+    """Call what the user passed as `also=`; whatever it raises is a `CheckpointError`."""
+    try:
+        also(folder)
+    except DistavgError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"also= raised {type(error).__name__}: {error}") from error
 
 
 def latest(root: str | os.PathLike[str]) -> Path | None:

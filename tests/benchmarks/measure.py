@@ -1,0 +1,101 @@
+"""Side-by-side timing: every contestant once a round, in turn, so that all see the same machine."""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from distavg import __version__
+
+
+def rounds(contestants: Mapping[str, Callable[[], object]], count: int) -> dict[str, list[float]]:
+    """Seconds of every contestant in each of `count` rounds, after two that do not count.
+
+    Under torchrun every measurement begins together and lasts until the slowest rank is done.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(count + 2):
+        for name, run in contestants.items():
+            if dist.is_initialized():
+                dist.barrier()
+            begin = time.perf_counter()
+            run()
+            spent = torch.tensor(time.perf_counter() - begin, dtype=torch.float64)
+            if dist.is_initialized():
+                dist.all_reduce(spent, dist.ReduceOp.MAX)
+            if number >= 2:
+                seconds[name].append(spent.item())
+    return seconds
+
+
+def rows(seconds: Mapping[str, list[float]], against: str) -> list[dict[str, Any]]:
+    """Median, quartiles and the ratio of medians to the contestant `against`."""
+    base = statistics.median(seconds[against])
+    table = []
+    for name, values in seconds.items():
+        low, median, high = statistics.quantiles(values, n=4)
+        table.append(
+            {
+                "what": name,
+                "median_ms": 1e3 * median,
+                "quartiles_ms": [1e3 * low, 1e3 * high],
+                "ratio": median / base,
+            }
+        )
+    return table
+
+
+def report(title: str, table: list[dict[str, Any]], against: str) -> None:
+    """Print one table."""
+    print(f"\n{title}")
+    print(f"{'':34}{'median ms':>10}{'quartiles':>18}{'/ ' + against:>26}")
+    for row in table:
+        low, high = row["quartiles_ms"]
+        spread = f"{low:.2f} to {high:.2f}"
+        print(f"{row['what']:34}{row['median_ms']:10.2f}{spread:>18}{row['ratio']:26.2f}", end="")
+        print("".join(f"  {k}={v:,}" for k, v in row.items() if k.startswith("bytes")))
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    model = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0].partition(":")[2].strip() if names else model
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "ranks": dist.get_world_size() if dist.is_initialized() else 1,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "distavg": __version__,
+    }
+
+
+def write(path: Path | None, results: Mapping[str, Any]) -> None:
+    """Print the machine and, if asked, write everything as JSON."""
+    print("\n" + ", ".join(f"{key}: {value}" for key, value in machine().items()))
+    if path is not None:
+        path.write_text(json.dumps({"machine": machine(), **results}, indent=1) + "\n")
+
+
+def resident_bytes(field: str) -> int:
+    """`VmRSS` (now) or `VmHWM` (peak since `reset_peak`) of this process, in bytes. Linux."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+def reset_peak() -> None:
+    """Start `VmHWM` anew from the present size. Linux."""
+    Path("/proc/self/clear_refs").write_text("5")

@@ -1,0 +1,76 @@
+"""The update of one EMA: distavg against one flat lerp over the same bytes, and AveragedModel.
+
+    python tests/benchmarks/updates.py
+    torchrun --standalone --nproc-per-node 2 tests/benchmarks/updates.py
+
+On one process the flat lerp is the floor: it moves the same bytes in one call. Under torchrun the
+model is wrapped in DDP; AveragedModel keeps and updates a full replica on every rank, distavg a
+part, and the bytes are those of rank 0's averages.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import measure
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
+from workloads import WORKLOADS, Parameters
+
+import distavg
+
+
+def compare(name: str, count: int) -> list[dict[str, Any]]:
+    module = Parameters(WORKLOADS[name]())
+    model = DistributedDataParallel(module) if dist.is_initialized() else module
+    averager = distavg.Averager(model, distavg.EMA(0.999))
+    averager.step()
+    theirs = {
+        "AveragedModel, EMA": AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.999)),
+        "AveragedModel, SWA": AveragedModel(module, multi_avg_fn=get_swa_multi_avg_fn()),
+        "AveragedModel, SWA by default": AveragedModel(module),
+    }
+    contestants = {"distavg, EMA": averager.step}
+    against = "AveragedModel, EMA"
+    if not dist.is_initialized():
+        against = "one flat lerp_"
+        flat = torch.cat([p.detach().view(-1) for p in module.parameters()])
+        average = flat.clone()
+        contestants = {against: lambda: average.lerp_(flat, 0.001), **contestants}
+    for each, averaged in theirs.items():
+        averaged.update_parameters(module)
+        contestants[each] = lambda averaged=averaged: averaged.update_parameters(module)
+    table = measure.rows(measure.rounds(contestants, count), against)
+    for row in table:
+        if row["what"] == "distavg, EMA":
+            row["bytes_held"] = averager["ema"].nbytes
+        elif row["what"] in theirs:
+            row["bytes_held"] = sum(p.nbytes for p in theirs[row["what"]].module.parameters())
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        measure.report(
+            f"{name}: {sum(p.numel() for p in module.parameters()):,} parameters, "
+            f"{len(list(module.parameters()))} tensors",
+            table,
+            against,
+        )
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=41)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("gloo")
+    results = {name: compare(name, arguments.rounds) for name in WORKLOADS}
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        measure.write(arguments.json, results)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
