@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distavg.errors import DistavgError, RankError
-from distavg.foreach import chunks
+from distavg.foreach import as_bytes, chunks
 
 __all__ = ["Comm", "ReplicaGroup"]
 
@@ -186,8 +186,7 @@ class Comm:
 
     @staticmethod
     def _messages(tensor: Tensor) -> Sequence[Tensor]:
-        flat = tensor.view(-1).view(torch.uint8) if tensor.numel() else tensor.view(-1)
-        return torch.split(flat, _MESSAGE_BYTES) if tensor.numel() else ()
+        return torch.split(as_bytes(tensor), _MESSAGE_BYTES) if tensor.numel() else ()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distavg.layout import range_boxes
 
-__all__ = ["Lerp", "checksum", "chunks", "exchange_"]
+__all__ = ["Lerp", "as_bytes", "checksum", "chunks", "exchange_"]
 
 # Size of one chunk where data passes through a temporary. On a CPU the temporary should stay in
 # a core's L2 cache; on an accelerator a chunk must run well past the launch of its kernels.
@@ -96,11 +96,17 @@ def checksum(tensor: Tensor) -> int:
     It finds replicas that have drifted apart. It is not made to resist an adversary: values that
     only changed places have the same sum.
     """
-    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    flat = as_bytes(tensor.detach().contiguous())
     if flat.storage_offset() % 8:
         flat = flat.clone()
     whole = flat.numel() // 8 * 8  # 64-bit lanes are summed at memory speed, bytes are not
     return int(flat[:whole].view(torch.int64).sum()) + int(flat[whole:].sum(dtype=torch.int64))
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """A flat view of a contiguous tensor's memory."""
+    # Not view(-1): what has one element or none is contiguous under any strides, and keeps them.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def _chunk_elements(tensor: Tensor) -> int:

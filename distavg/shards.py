@@ -16,6 +16,7 @@ themselves, so that every element is owned by exactly one rank.
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -159,10 +160,15 @@ class ModelShards:
     def reshard(self) -> None:
         """Drop FSDP2's unsharded copies, so that parameters are their sharded storage again.
 
-        `FSDPModule.reshard` is not recursive. No communication.
+        `FSDPModule.reshard` is not recursive, and does nothing where `reshard_after_forward` is
+        off and a forward was left by an exception: FSDP2 still takes itself to be inside it. No
+        communication.
         """
         for module in self._fsdp_modules:
             module.reshard()
+            for group in _fsdp_groups(module):
+                group.wait_for_unshard()  # what was gathered ahead for a forward that never came
+                group._to_sharded()
 
     def _locate(
         self, named: NamedTensor, *, is_held: bool, replicas: dist.ProcessGroup | None
@@ -258,7 +264,8 @@ class ModelShards:
                 f"{name} was {change} the model after its Averager was built: build a new one"
             )
         for name, tensor in self.by_name.items():
-            if _local_storage(now[name].tensor).data_ptr() != tensor.local.data_ptr():
+            local = _local_storage(now[name].tensor)
+            if local.numel() and local.data_ptr() != tensor.local.data_ptr():
                 raise ModelMismatch(
                     f"{name} has other storage than when the Averager was built (model.to(), or "
                     "load_state_dict(assign=True)?): build a new Averager after such a change"
@@ -343,6 +350,14 @@ def _is_trainable(tensor: Tensor) -> bool:
 def _matches(named: NamedTensor, patterns: Sequence[str]) -> bool:
     names = (named.fqn, *named.aliases)
     return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def _fsdp_groups(module: FSDPModule) -> list[Any]:
+    """The groups of parameters that FSDP2 gathers together for a module."""
+    state = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):  # several since torch 2.12 or so
+        return list(state._fsdp_param_groups)
+    return [group for group in [state._fsdp_param_group] if group is not None]
 
 
 @torch.no_grad()

@@ -42,7 +42,7 @@ def state(
             "tensors": {
                 fqn: _global_tensor(tensor, by_name.get(fqn, []), average.dtypes[fqn])
                 for fqn, tensor in model_shards.by_name.items()
-                if tensor.is_held
+                if tensor.is_held and (fqn in by_name or not _is_piece(tensor))
             },
         }
     # Like a module's, so that it survives torch.save; DCP does not see it.
@@ -110,6 +110,11 @@ def _layout(model_shards: ModelShards) -> dict[str, Any]:
     }
 
 
+def _is_piece(tensor: LiveTensor) -> bool:
+    """Whether only the owner of a divided tensor has it in its state: no DTensor has zero dims."""
+    return tensor.is_divided and not tensor.global_shape
+
+
 def _global_tensor(tensor: LiveTensor, shards: Sequence[Shard], dtype: torch.dtype) -> Tensor:
     """This rank's part of one tensor of an average in the form that DCP understands."""
     live = tensor.named.tensor
@@ -123,7 +128,7 @@ def _global_tensor(tensor: LiveTensor, shards: Sequence[Shard], dtype: torch.dty
             shape=live.shape,
             stride=live.stride(),
         )
-    if not tensor.is_divided or tensor.replicas is None:
+    if not tensor.is_divided or tensor.replicas is None or _is_piece(tensor):
         return shards[0].tensor if shards else torch.empty_like(tensor.local, dtype=dtype)
     from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
@@ -131,7 +136,7 @@ def _global_tensor(tensor: LiveTensor, shards: Sequence[Shard], dtype: torch.dty
     if not pieces:  # DCP wants one box from every rank: an empty one past the last row
         shape = tensor.global_shape
         pieces = [torch.empty((0, *shape[1:]), dtype=dtype, device=live.device)]
-        offsets = [(shape[0], *(0,) * (len(shape) - 1))] if shape else [()]
+        offsets = [(shape[0], *(0,) * (len(shape) - 1))]
     mesh = DeviceMesh.from_group(tensor.replicas.group, live.device.type)
     wrapper = LocalShardsWrapper(pieces, offsets)
     return DTensor.from_local(

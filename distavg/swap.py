@@ -81,6 +81,9 @@ class _Swap:
             self._put_average()
         except Exception as caught:
             error = caught
+        except BaseException:  # Ctrl-C: the other ranks see that this one does not come
+            self._put_live()
+            raise
         try:
             self._comm.raise_together(error, self._doing)
         except BaseException:
@@ -182,7 +185,7 @@ def _undisturbed(modules: Sequence[nn.Module], devices: set[torch.device]) -> It
     """
     modes = [(module, module.training) for module in modules]
     buffers = [
-        (module, key, buffer, buffer._version, buffer.clone())
+        (module, key, buffer, buffer.clone())
         for module in modules
         for key, buffer in module.named_buffers(recurse=False)
     ]
@@ -194,9 +197,8 @@ def _undisturbed(modules: Sequence[nn.Module], devices: set[torch.device]) -> It
     finally:
         for module, mode in modes:
             module.training = mode
-        for module, key, buffer, version, saved in buffers:
-            if buffer._version != version:
-                with torch.no_grad():
-                    buffer.copy_(saved)
-            if getattr(module, key) is not buffer:
+        for module, key, buffer, saved in buffers:
+            with torch.no_grad():  # always: BatchNorm writes its statistics behind their versions
+                buffer.copy_(saved)
+            if getattr(module, key, None) is not buffer:
                 setattr(module, key, buffer)

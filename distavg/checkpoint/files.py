@@ -23,6 +23,7 @@ from torch import Tensor
 from distavg.checkpoint.manifest import BLOCK_BYTES, SavedBox, SavedFile
 from distavg.checkpoint.plan import Read
 from distavg.errors import CheckpointCorrupt, CheckpointError
+from distavg.foreach import as_bytes
 from distavg.shards import Shard
 
 __all__ = ["ShardReader", "fsync_path", "group_boxes", "write_shards"]
@@ -207,7 +208,7 @@ def place(read: Read, buffer: Tensor, dtype: torch.dtype, target: Tensor) -> Non
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous host tensor."""
-    return tensor.view(-1).view(torch.uint8).numpy().data
+    return as_bytes(tensor).numpy().data
 
 
 def _flush(path: Path, failures: list[OSError]) -> None:

@@ -45,6 +45,7 @@ ITEM_BYTES = {
 FOLDER_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 _FILE_PATTERN = FOLDER_PATTERN + r"/shard-\d{5,}-model-\d{5,}-of-\d{5,}\.safetensors"
 _HASH_DIGITS = 16
+_YEAR_10000 = 253_402_300_800  # in seconds since the epoch; datetime ends there
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,10 +217,10 @@ class Manifest:
             return cls(
                 save_id=_text(data["save_id"]),
                 averager_id=_text(data["averager_id"]),
-                committed_at=float(data["committed_at"]),
+                committed_at=_seconds(data["committed_at"]),
                 steps=_count(data["steps"]),
-                epochs=Fraction(*map(_count, data["epochs"])),
-                averages={n: _average_from(a) for n, a in data["averages"].items()},
+                epochs=_epochs(*map(_count, data["epochs"])),
+                averages={_text(n): _average_from(a) for n, a in data["averages"].items()},
                 extra_folder=None if extra is None else _text(extra, FOLDER_PATTERN),
             )
         except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
@@ -258,7 +259,7 @@ def _sealed(body: bytes) -> bytes:
 def _average_from(data: Mapping[str, Any]) -> SavedAverage:
     tensors = {
         fqn: SavedTensor(
-            fqn,
+            _text(fqn),
             tuple(map(_count, tensor["shape"])),
             _text(tensor["dtype"]),
             tuple(map(_text, tensor["aliases"])),
@@ -268,6 +269,7 @@ def _average_from(data: Mapping[str, Any]) -> SavedAverage:
     for tensor in tensors.values():
         _expect(tensor.dtype in ITEM_BYTES, "dtype", tensor.dtype)
     _expect(isinstance(data["rule"], dict), "rule", data["rule"])
+    _text(json.dumps(data["rule"], ensure_ascii=False))
     return SavedAverage(
         folder=_text(data["folder"], FOLDER_PATTERN),
         rule=data["rule"],
@@ -308,8 +310,20 @@ def _count(value: object) -> int:
     return value  # type: ignore[return-value]  # just proved
 
 
+def _seconds(value: object) -> float:
+    _expect(type(value) in (int, float) and 0 <= value < _YEAR_10000, "time", value)  # type: ignore[operator]
+    return float(value)  # type: ignore[arg-type]  # just proved
+
+
+def _epochs(numerator: int, denominator: int) -> Fraction:
+    epochs = Fraction(numerator, denominator)
+    _expect(epochs < 2**63, "epochs", epochs)
+    return epochs
+
+
 def _text(value: object, pattern: str | None = None) -> str:
     _expect(type(value) is str and (pattern is None or re.fullmatch(pattern, value)), "text", value)
+    value.encode()  # type: ignore[attr-defined]  # half a surrogate pair could not be printed
     return value  # type: ignore[return-value]  # just proved
 
 
