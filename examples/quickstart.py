@@ -1,0 +1,33 @@
+"""Average a model's weights, evaluate the average, save it and load it.
+
+    torchrun --standalone --nproc-per-node 2 examples/quickstart.py
+
+Or without torchrun, on one process.
+"""
+
+import torch
+import torch.distributed as dist
+
+import distavg
+
+torch.manual_seed(0)
+model = torch.nn.Linear(8, 1)
+if dist.is_torchelastic_launched():
+    dist.init_process_group("gloo")
+    model = torch.nn.parallel.DistributedDataParallel(model)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+averager = distavg.Averager(model, distavg.EMA(decay=0.95))
+averager.attach(optimizer)
+
+for _ in range(100):  # learn to add up eight numbers from noisy answers
+    x = torch.randn(16, 8)
+    loss = (model(x) - x.sum(1, keepdim=True) - torch.randn(16, 1)).square().mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+print("error of the live weights:", (model(torch.eye(8)) - 1).abs().mean().item())
+with averager.applied():
+    print("error of their average:   ", (model(torch.eye(8)) - 1).abs().mean().item())
+averager.save("runs/quickstart", overwrite=True)
+averager.load("runs/quickstart")
