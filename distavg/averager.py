@@ -22,7 +22,7 @@ from distavg.checkpoint.load import plan_load
 from distavg.checkpoint.save import Also, SaveHandle, SaveRequest, call_also, save
 from distavg.comm import Comm
 from distavg.errors import CheckpointMismatch, ConfigError, StateError, UnsupportedError
-from distavg.gather import copy_into, iter_whole_tensors, squared_distance
+from distavg.gather import check_same_tensors, copy_into, iter_whole_tensors, squared_distance
 from distavg.hooks import OptimizerHooks
 from distavg.rules import Rule
 from distavg.schedule import Clock, Position, Schedule
@@ -248,6 +248,7 @@ class Averager:
             self._check_usable()
             with self._comm.together("copy_to()"):
                 target = ModelShards(module, self._comm, shard_replicas=False)
+                check_same_tensors(self._shards, target)
             copy_into(average, self._shards, target, self._comm)
 
     def full_state_dict(

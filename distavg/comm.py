@@ -47,9 +47,10 @@ class Comm:
         self.rank, self.size = 0, 1
         if dist.is_available() and dist.is_initialized():
             ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD)
-            self._group = dist.new_group(
-                ranks, timeout=timeout, backend="gloo", use_local_synchronization=True
-            )
+            with _lost_rank("making a group of the ranks"):
+                self._group = dist.new_group(
+                    ranks, timeout=timeout, backend="gloo", use_local_synchronization=True
+                )
             self._ranks = tuple(ranks)
             self.rank, self.size = dist.get_rank(self._group), len(ranks)
 

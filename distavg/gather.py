@@ -15,7 +15,7 @@ from distavg.foreach import chunks
 from distavg.layout import Box
 from distavg.shards import ModelShards, Shard
 
-__all__ = ["copy_into", "iter_whole_tensors", "squared_distance"]
+__all__ = ["check_same_tensors", "copy_into", "iter_whole_tensors", "squared_distance"]
 
 _DISTANCE_CHUNK = 2**20  # elements; two fp64 temporaries of 8 MiB
 
@@ -43,7 +43,8 @@ def iter_whole_tensors(
         by_name.setdefault(shard.fqn, []).append(shard)
     for tensor in model_shards.tensors:
         mine = by_name.get(tensor.fqn, [])
-        if not tensor.is_held and (tensor.box.numel or comm.rank == 0):
+        is_copy = tensor.replicas is not None and tensor.replicas.rank > 0
+        if not tensor.is_held and ((tensor.box.numel and not is_copy) or comm.rank == 0):
             mine = [tensor.part(tensor.box)]
         if not model_shards.is_counted(tensor.fqn):
             mine = []
@@ -89,13 +90,8 @@ def _spread(whole: Tensor | None, shape: tuple[int, ...], comm: Comm, fqn: str) 
     return whole
 
 
-@torch.no_grad()
-def copy_into(average: Average, source: ModelShards, target: ModelShards, comm: Comm) -> None:
-    """Copy an average, and the tensors that it does not hold, into another module. Collective.
-
-    Nothing is communicated where each rank has what its part of the target needs: on one
-    process, between equal FSDP2 layouts, between whole copies. Otherwise whole tensors travel,
-    one at a time, to every rank.
+def check_same_tensors(source: ModelShards, target: ModelShards) -> None:
+    """Whether an average of one model may be copied into another. Not collective.
 
     Raises:
         ModelMismatch: The modules' tensors differ in name or shape.
@@ -109,6 +105,18 @@ def copy_into(average: Average, source: ModelShards, target: ModelShards, comm: 
                 f"copy_to: {fqn} has shape {tensor.global_shape} in the averaged model and "
                 f"{target.by_name[fqn].global_shape} in the target"
             )
+
+
+@torch.no_grad()
+def copy_into(average: Average, source: ModelShards, target: ModelShards, comm: Comm) -> None:
+    """Copy an average, and the tensors that it does not hold, into another module. Collective.
+
+    Nothing is communicated where each rank has what its part of the target needs: on one
+    process, between equal FSDP2 layouts, between whole copies. Otherwise whole tensors travel,
+    one at a time, to every rank.
+
+    The two must have passed `check_same_tensors` on every rank.
+    """
     pairs = [(tensor, target.by_name[fqn]) for fqn, tensor in source.by_name.items()]
     if all(ours.layout == theirs.layout and not ours.is_divided for ours, theirs in pairs):
         held = average.shards()

@@ -258,7 +258,7 @@ class ModelShards:
         """
         self.reshard()
         now = {each.fqn: each for each in named_tensors(self.model)}
-        for name in now.keys() ^ self.by_name.keys():
+        for name in sorted(now.keys() ^ self.by_name.keys()):
             change = "added to" if name in now else "removed from"
             raise ModelMismatch(
                 f"{name} was {change} the model after its Averager was built: build a new one"

@@ -62,6 +62,8 @@ def load_state(
         CheckpointMismatch: It lacks an average or a tensor, or a copy was made of another rank's
             state or under another layout.
     """
+    if lacking := [key for key in ("clock", "averages") if key not in content]:
+        raise CheckpointMismatch(f"this is not the state of an Averager: it has no {lacking}")
     saved = content["averages"]
     copies: list[tuple[Tensor, Tensor]] = []
     for average in averages:
@@ -78,6 +80,11 @@ def load_state(
                     f"{shard.box.offsets} of sizes {shard.box.sizes}, which this rank holds. State "
                     "is loaded by the rank that saved it; to reshard, use Averager.save and load, "
                     "or torch.distributed.checkpoint"
+                )
+            if value.dtype != shard.tensor.dtype:
+                raise CheckpointMismatch(
+                    f"{shard.fqn}: the state of average {average.name!r} holds {value.dtype}, the "
+                    f"average is {shard.tensor.dtype}: build the Averager with dtype={value.dtype}"
                 )
             if value.data_ptr() != shard.tensor.data_ptr():
                 copies.append((shard.tensor, value))

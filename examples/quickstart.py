@@ -1,9 +1,4 @@
-"""Average a model's weights, evaluate the average, save it and load it.
-
-    torchrun --standalone --nproc-per-node 2 examples/quickstart.py
-
-Or without torchrun, on one process.
-"""
+"""torchrun --standalone --nproc-per-node 2 examples/quickstart.py  (or just python, on one)."""
 
 import torch
 import torch.distributed as dist
@@ -31,3 +26,5 @@ with averager.applied():
     print("error of their average:   ", (model(torch.eye(8)) - 1).abs().mean().item())
 averager.save("runs/quickstart", overwrite=True)
 averager.load("runs/quickstart")
+if dist.is_initialized():
+    dist.destroy_process_group()

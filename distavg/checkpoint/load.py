@@ -43,14 +43,16 @@ class LoadPlan:
     rules: dict[str, Rule]
 
     def read(self, averages: Sequence[Average], *, verify: bool) -> None:
-        """Fill the averages' memory.
+        """Fill the memory of the averages that were saved; others are left as they are.
 
         Raises:
             CheckpointCorrupt: A file was torn or spoiled after all; memory is half filled.
         """
         buffer = torch.empty(BUFFER_BYTES, dtype=torch.uint8)
         for average in averages:
-            source = self.sources[average.name]
+            source = self.sources.get(average.name)
+            if source is None:
+                continue
             for file, wanted in _by_file(source, average.own_shards()):
                 with ShardReader(self.path, file, self.manifest.save_id) as reader:
                     for box, shard, reads in wanted:
@@ -189,7 +191,7 @@ def _check_tensors(
     *,
     cast: bool,
 ) -> None:
-    for name in average.dtypes.keys() ^ source.tensors.keys():
+    for name in sorted(average.dtypes.keys() ^ source.tensors.keys()):
         if name in source.tensors:
             text = "is in the checkpoint and not averaged here: build the model that was saved"
         else:

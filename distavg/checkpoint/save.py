@@ -42,7 +42,9 @@ from distavg.shards import ModelShards, check_equal
 
 __all__ = ["SaveHandle", "SaveRequest", "committed", "latest", "save"]
 
+# Averages' names, and so their folders, do not begin with a dot.
 _MARKER_NAME = ".distavg-uncommitted.json"
+_TEMPORARY_PREFIX = f".{MANIFEST_NAME}."
 _EXTRA_NAME = "train"
 
 Also = Callable[[Path], object]
@@ -147,7 +149,7 @@ def save(
         if comm.rank == 0:
             _clean(request.path)
             if request.keep is not None:
-                _prune(request)
+                _prune(request, request.keep)
 
 
 def call_also(also: Also, folder: Path) -> None:
@@ -198,17 +200,21 @@ def _prepare(request: SaveRequest, names: Sequence[str]) -> _Target:
             f"{path} is not empty and is not a checkpoint: save to a path of its own"
         )
     path.mkdir(parents=True, exist_ok=True)
-    taken = {entry.name for entry in path.iterdir()}
+    taken = {MANIFEST_NAME, *(entry.name for entry in path.iterdir())}
     folders = {name: _free_name(name, taken) for name in names}
     extra = _free_name(_EXTRA_NAME, taken) if request.also is not None else None
     made = [*folders.values(), *([extra] if extra is not None else [])]
     marker = path / _MARKER_NAME
     replaced = replaces.folders if replaces is not None else []
-    marker.write_text(json.dumps(made + replaced), encoding="utf-8")
-    fsync_path(marker)
-    fsync_path(path)
-    for folder in made:
-        (path / folder).mkdir()
+    try:
+        marker.write_text(json.dumps(made + replaced), encoding="utf-8")
+        fsync_path(marker)
+        fsync_path(path)
+        for folder in made:
+            (path / folder).mkdir()
+    except OSError:
+        _clean(path)
+        raise
     return _Target(uuid.uuid4().hex, folders, extra)
 
 
@@ -284,7 +290,7 @@ def _commit(
         for parent, _, files in os.walk(request.path / target.extra_folder):
             for entry in [*files, "."]:
                 fsync_path(Path(parent) / entry)
-    temporary = request.path / f"{MANIFEST_NAME}.{target.save_id}"
+    temporary = request.path / f"{_TEMPORARY_PREFIX}{target.save_id}"
     temporary.write_bytes(manifest.to_bytes())
     fsync_path(temporary)
     temporary.rename(request.path / MANIFEST_NAME)
@@ -345,20 +351,23 @@ def _clean(path: Path) -> None:
     for folder in listed:
         if folder not in kept and re.fullmatch(FOLDER_PATTERN, folder):
             shutil.rmtree(path / folder, ignore_errors=True)
-    for stale in [*path.glob(f"{MANIFEST_NAME}.*"), path / _MARKER_NAME]:
+    for stale in [*path.glob(f"{_TEMPORARY_PREFIX}*"), path / _MARKER_NAME]:
         stale.unlink(missing_ok=True)
     if not any(path.iterdir()):
         path.rmdir()
 
 
-def _prune(request: SaveRequest) -> None:
-    """Keep the newest checkpoints of this run in the target's parent folder."""
-    siblings = [
+def _prune(request: SaveRequest, keep: int) -> None:
+    """Keep the newest checkpoints of this run in the target's parent folder.
+
+    The one just saved counts as the newest, whatever time the clocks of other machines gave.
+    """
+    others = [
         (path, manifest)
         for path, manifest in committed(request.path.absolute().parent)
-        if manifest.averager_id == request.averager_id
+        if manifest.averager_id == request.averager_id and not path.samefile(request.path)
     ]
-    for path, manifest in siblings[: -request.keep] if request.keep else ():
+    for path, manifest in others[: max(0, len(others) + 1 - keep)]:
         (path / MANIFEST_NAME).unlink()
         fsync_path(path)
         for folder in manifest.folders:

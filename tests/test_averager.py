@@ -1,0 +1,504 @@
+"""The face of the package: the same bits on every layout, nothing twice, clear refusals."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from checks import (
+    MULTI_AVG_FNS,
+    RULES,
+    communications,
+    differences,
+    error_of,
+    feed,
+    same,
+    storages,
+    timed_error_of,
+    torch_average,
+    trained,
+    world_sizes,
+)
+from models import Awkward, TokenModel, Uneven, build, set_weights, unwrapped, weights_at
+from ranks import run_ranks
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+import distavg
+from distavg import EMA, SWA, Averager, Clock, ConfigError, StateError, UnsupportedError
+
+CASES = world_sizes(
+    {"plain": [1, 2], "ddp": [1, 2, 3, 4], "fsdp2": [1, 2, 3, 4], "fsdp2-keep": [2, 3]}
+)
+
+
+def model_class(layout: str) -> type[TokenModel]:
+    return Uneven if layout.startswith("fsdp2") else Awkward
+
+
+# ---------------------------------------------------------------- values
+
+
+def wrong_averages(layout: str, cls: type[TokenModel]) -> list[str]:
+    """The tensors of averages that are not PyTorch's, bit for bit."""
+    _, averager = trained(layout, cls, range(5))
+    wrong = []
+    for name in averager.names:
+        found = averager.full_state_dict(name, all_ranks=True)
+        expected = torch_average(cls, name, range(5))
+        wrong += [f"{name}: {fqn}" for fqn in differences(found, expected)]
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size", "cls"),
+    [
+        *((layout, size, model_class(layout)) for layout, size in CASES),
+        ("ddp", 3, Uneven),
+    ],
+)
+def test_every_layout_gives_the_bits_of_torch_on_the_whole_model(
+    layout: str, world_size: int, cls: type[TokenModel]
+) -> None:
+    assert run_ranks(wrong_averages, world_size, layout, cls) == [[]] * world_size
+
+
+def test_without_a_process_group_as_well() -> None:
+    assert wrong_averages("plain", Awkward) == []
+
+
+def bytes_held(layout: str) -> list[int]:
+    model = build(layout, model_class(layout))
+    averager = Averager(model, RULES)
+    return [averager[name].nbytes for name in averager.names]
+
+
+@pytest.mark.parametrize(("layout", "world_size"), [case for case in CASES if case[0] != "plain"])
+def test_nothing_is_held_twice(layout: str, world_size: int) -> None:
+    total = sum(w.nbytes for w in weights_at(model_class(layout)(), 0).values())
+    held = run_ranks(bytes_held, world_size, layout)
+    assert [sum(column) for column in zip(*held, strict=True)] == [total, total]
+    if layout == "ddp":
+        largest_row = 7 * 4  # Awkward's widest last dim, in fp32
+        for row in held:
+            assert max(row) <= total / world_size + largest_row
+
+
+def collectives_of_updates(layout: str) -> int:
+    _, averager = trained(layout, model_class(layout))
+
+    def update() -> None:
+        averager.step()
+        averager.update("ema")
+        averager.metrics()
+        averager.synchronize()
+
+    counted = communications(update)
+    assert communications(lambda: averager.full_state_dict("ema")) > 0  # so the check can fail
+    return counted
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2", "fsdp2-keep"])
+def test_updates_communicate_nothing(layout: str) -> None:
+    assert run_ranks(collectives_of_updates, 2, layout) == [0, 0]
+
+
+def updates_alone() -> bool:
+    """Rank 0 updates while rank 1 has other things to do: nobody waits."""
+    _, averager = trained("ddp", Awkward, timeout=timedelta(seconds=2))
+    if dist.get_rank() == 0:
+        for _ in range(3):
+            averager.step()
+    return averager["ema"].num_updates == (6 if dist.get_rank() == 0 else 3)
+
+
+def test_one_rank_may_update_without_the_others() -> None:
+    assert run_ranks(updates_alone, 2) == [True, True]
+
+
+def half_precision(layout: str) -> list[str]:
+    """fp32 averages of bf16 weights that differ from AveragedModel over the same values in fp32."""
+    cls = model_class(layout)
+    model = build(layout, cls, torch.bfloat16)
+    averager = Averager(model, {"fp32": EMA(0.9), "bf16": EMA(0.9)}, dtype={"bf16": torch.bfloat16})
+    reference = {
+        torch.float32: build("plain", cls),
+        torch.bfloat16: build("plain", cls, torch.bfloat16),
+    }
+    averaged = {
+        dtype: AveragedModel(plain, multi_avg_fn=MULTI_AVG_FNS["ema"])
+        for dtype, plain in reference.items()
+    }
+    for step in range(4):
+        weights = weights_at(model, step)
+        set_weights(model, weights)
+        averager.step()
+        for dtype, plain in reference.items():
+            set_weights(plain, {n: w.to(dtype) for n, w in weights.items()})
+            averaged[dtype].update_parameters(plain)
+    wrong = []
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        found = averager.full_state_dict(name, all_ranks=True)
+        expected = averaged[dtype].module.state_dict()
+        fqns = weights_at(model, 0)
+        wrong += differences({n: found[n] for n in fqns}, {n: expected[n] for n in fqns})
+    return wrong
+
+
+@pytest.mark.parametrize("layout", ["plain", "ddp", "fsdp2"])
+def test_bf16_weights_are_averaged_in_the_dtype_of_each_average(layout: str) -> None:
+    assert run_ranks(half_precision, 2, layout) == [[], []]
+
+
+def selected(layout: str) -> tuple[list[str], list[str]]:
+    model = build(layout, Uneven)
+    averager = Averager(model, EMA(0.5), include=["module.*", "one", "head.*"], exclude=["*.bias"])
+    set_weights(model, weights_at(model, 1))
+    averager.step()
+    set_weights(model, weights_at(model, 2))
+    averager.step()
+    one, two = weights_at(model, 1), weights_at(model, 2)
+    found = averager.full_state_dict(all_ranks=True)
+    averaged = [n for n in two if same(found[n], torch.lerp(one[n], two[n], 0.5))]
+    return averaged, [n for n in two if same(found[n], two[n])]
+
+
+@pytest.mark.parametrize("layout", ["plain", "ddp", "fsdp2"])
+def test_what_is_not_selected_reads_as_live(layout: str) -> None:
+    for averaged, live in run_ranks(selected, 2, layout):
+        assert sorted(averaged) == ["embed.weight", "module.weight", "one"]
+        assert sorted(averaged + live) == sorted(weights_at(Uneven(), 0))
+
+
+def frozen_is_not_held(layout: str) -> list[str]:
+    model, averager = trained(layout, model_class(layout))
+    parameter = dict(unwrapped(model).named_parameters())["frozen"]
+    assert not parameter.requires_grad
+    return [shard.fqn for shard in averager["ema"].shards() if shard.fqn == "frozen"]
+
+
+@pytest.mark.parametrize("layout", ["plain", "ddp", "fsdp2"])
+def test_frozen_parameters_are_not_held(layout: str) -> None:
+    assert run_ranks(frozen_is_not_held, 2, layout) == [[], []]
+
+
+def before_the_first_update(layout: str) -> list[str]:
+    cls = model_class(layout)
+    model = build(layout, cls)
+    averager = Averager(model, EMA(0.5, start="3ba"))
+    wrong = []
+    for step in range(3):
+        set_weights(model, weights_at(model, step))
+        averager.step()
+        found = averager.full_state_dict(all_ranks=True)
+        wrong += differences({n: found[n] for n in weights_at(model, 0)}, weights_at(model, step))
+        with averager.applied():
+            pass
+    assert averager["ema"].num_updates == 0
+    return wrong
+
+
+@pytest.mark.parametrize("layout", ["plain", "ddp", "fsdp2"])
+def test_before_its_first_update_an_average_reads_as_live(layout: str) -> None:
+    assert run_ranks(before_the_first_update, 2, layout) == [[], []]
+
+
+# ---------------------------------------------------------------- when it updates
+
+
+def test_update_by_hand_counts_updates_and_not_steps() -> None:
+    model = build("plain", Awkward)
+    averager = Averager(model, SWA(update_interval=None))
+    for step in range(3):
+        set_weights(model, weights_at(model, step))
+        averager.step()
+        if step != 1:
+            averager.update()
+    assert (averager.step_count, averager["swa"].num_updates) == (3, 2)
+    found = averager.full_state_dict()
+    expected = torch_average(Awkward, "swa", [0, 2])
+    weights = weights_at(model, 0)
+    assert differences({n: found[n] for n in weights}, {n: expected[n] for n in weights}) == []
+
+
+def test_schedules_decide_which_steps_count() -> None:
+    model = build("plain", Awkward)
+    averager = Averager(
+        model,
+        {"swa": SWA(start="0.5dur", update_interval="1ep"), "ema": EMA(0.9, update_interval="2ba")},
+        clock=Clock(steps_per_epoch=3, max_duration="4ep"),
+    )
+    feed(averager, model, range(12))
+    assert averager["swa"].num_updates == 2  # after steps 9 and 12
+    assert averager["ema"].num_updates == 6
+    weights = weights_at(model, 0)
+    for name, steps in (("swa", [8, 11]), ("ema", [1, 3, 5, 7, 9, 11])):
+        found, expected = averager.full_state_dict(name), torch_average(Awkward, name, steps)
+        assert differences({n: found[n] for n in weights}, {n: expected[n] for n in weights}) == []
+
+
+def test_the_initial_weights_count_on_request() -> None:
+    for start, initial in (("0ba", 0), ("2ba", 2)):
+        model = build("plain", Awkward)
+        averager = Averager(model, EMA(0.9, start=start, include_initial=True))
+        feed(averager, model, range(1, 5))  # step n ends with the weights of n; 0 is the start
+        assert averager["ema"].num_updates == 5 - initial
+        found = averager.full_state_dict()
+        expected = torch_average(Awkward, "ema", range(initial, 5))
+        weights = weights_at(model, 0)
+        assert differences({n: found[n] for n in weights}, {n: expected[n] for n in weights}) == []
+
+
+# ---------------------------------------------------------------- names and arguments
+
+
+def test_a_rule_alone_is_named_by_its_kind() -> None:
+    assert Averager(nn.Linear(1, 1), EMA()).names == ("ema",)
+    assert Averager(nn.Linear(1, 1), SWA(update_interval=None)).names == ("swa",)
+
+
+def test_names_that_are_unknown_or_ambiguous() -> None:
+    averager = Averager(nn.Linear(1, 1), RULES)
+    calls: list[Any] = [
+        averager.update,
+        averager.applied,
+        averager.full_state_dict,
+        averager.iter_full_tensors,
+        lambda name=None: averager.copy_to(None, name),
+    ]
+    for call in calls:
+        with pytest.raises(ConfigError, match=r"several averages: name one of \['ema', 'swa'\]"):
+            call()
+        with pytest.raises(ConfigError, match=r"no average 'emma', only \['ema', 'swa'\]"):
+            call("emma")
+    with pytest.raises(ConfigError, match="no average 'emma'"):
+        averager["emma"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rules": {}}, "give at least one rule"),
+        ({"rules": {"a b": EMA()}}, "a name is letters, digits"),
+        ({"rules": {"../up": EMA()}}, "a name is letters, digits"),
+        ({"rules": {"ema": 0.9}}, "0.9 is not a rule such as EMA"),
+        ({"dtype": {"emma": torch.float32}}, r"dtype names \['emma'\], the averages \['ema'\]"),
+        ({"buffers": "frozen"}, "buffers='frozen' is not"),
+        ({"rules": SWA()}, "average 'swa': '1ep' needs the number of optimizer steps in an epoch"),
+        ({"include": ["nothing"]}, "include: 'nothing' matches no parameter or buffer"),
+    ],
+)
+def test_arguments_that_cannot_be(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Averager(nn.Linear(1, 1), **{"rules": EMA(), **arguments})
+
+
+def test_what_comes_with_a_later_release_says_so() -> None:
+    with pytest.raises(UnsupportedError, match="averages lie beside the parameters"):
+        Averager(nn.Linear(1, 1), EMA(), device="cpu")
+    averager = Averager(nn.Linear(1, 1), EMA())
+    with pytest.raises(UnsupportedError, match="recalibrate_batchnorm is not in this release"):
+        averager.recalibrate_batchnorm([])
+    with pytest.raises(UnsupportedError, match="save with block=True"):
+        averager.save("/nonexistent", block=False)
+
+
+def refused_on_one_rank(what: str) -> str:
+    model = build("ddp", Awkward)
+    is_odd = dist.get_rank() == 1
+    if what == "rule":
+        rule = SWA() if is_odd else EMA()
+        return error_of(Averager, model, rule)
+    if what == "replica":
+        with torch.no_grad():
+            unwrapped(model).get_parameter("transposed").add_(1.0 if is_odd else 0.0)
+        return error_of(Averager, model, EMA())
+    plain = nn.Linear(2, 2, device="meta" if is_odd else "cpu")
+    return error_of(Averager, plain, EMA())
+
+
+@pytest.mark.parametrize(
+    ("what", "type_name", "message"),
+    [
+        ("rule", "ConfigError", "'1ep' needs the number of optimizer steps in an epoch"),
+        ("meta", "ConfigError", "weight is on the meta device"),
+        ("replica", "ReplicaMismatch", "transposed on ranks [1] differs from rank 0's"),
+    ],
+)
+def test_what_one_rank_refuses_all_refuse(what: str, type_name: str, message: str) -> None:
+    found = run_ranks(refused_on_one_rank, 3, what)
+    for rank, text in enumerate(found):
+        assert text.startswith(f"{type_name}: ")
+        assert message in text
+        assert rank == 1 or what == "replica" or "rank 1: " in text
+
+
+def build_without_one() -> tuple[str, float] | None:
+    model = build("plain", Awkward)
+    if dist.get_rank() == 1:
+        time.sleep(3)
+        return None
+    return timed_error_of(Averager, model, EMA(), timeout=timedelta(seconds=1))
+
+
+def test_a_rank_that_never_builds_ends_the_wait() -> None:
+    found = run_ranks(build_without_one, 2)[0]
+    assert found is not None
+    text, seconds = found
+    assert text.startswith("RankError: making a group of the ranks: lost contact with another rank")
+    assert seconds < 2.5
+
+
+# ---------------------------------------------------------------- layouts it finds
+
+
+def unknown_replicas(options: dict[str, Any]) -> tuple[list[str], int]:
+    """The warnings of this rank, and the bytes that it holds."""
+    import logging
+
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("distavg").addHandler(handler)
+    try:
+        averager = Averager(build("plain", Awkward), EMA(), **options)
+    finally:
+        logging.getLogger("distavg").removeHandler(handler)
+    return records, averager["ema"].nbytes
+
+
+def test_plain_models_of_several_ranks_are_kept_whole_and_said_so_once() -> None:
+    total = sum(w.nbytes for w in weights_at(Awkward(), 0).values())
+    (first, held), (second, also_held) = run_ranks(unknown_replicas, 2, {})
+    assert len(first) == 1
+    assert "Pass replicas=" in first[0]
+    assert second == []
+    assert held == also_held == total
+
+
+def stages() -> list[str]:
+    model = {"first": build("plain", Awkward), "second": build("plain", Uneven)}
+    averager = Averager(model, EMA(0.9))
+    for step in range(3):
+        for stage in model.values():
+            set_weights(stage, weights_at(stage, step))
+        averager.step()
+    found = averager.full_state_dict(all_ranks=True)
+    expected = {
+        f"{prefix}.{fqn}": tensor
+        for prefix, cls in (("first", Awkward), ("second", Uneven))
+        for fqn, tensor in torch_average(cls, "ema", range(3)).items()
+    }
+    return differences(found, expected)
+
+
+def test_a_mapping_of_stages_is_one_model() -> None:
+    assert run_ranks(stages, 2) == [[], []]
+
+
+def compiled(layout: str) -> tuple[list[str], bool]:
+    """A compiled model's average by canonical names; whether it evaluates with it."""
+    cls = model_class(layout)
+    model = build(layout, cls)
+    wrapped: Any = torch.compile(model, backend="eager")
+    averager = Averager(wrapped, EMA(0.9))
+    feed(averager, model, range(3))
+    expected = torch_average(cls, "ema", range(3))
+    reference = build("plain", cls).eval()
+    reference.load_state_dict(expected, strict=False)
+    wrapped.eval()
+    tokens = torch.tensor([0, 3, 4])
+    with torch.no_grad():
+        outside = wrapped(tokens)
+        with averager.applied():
+            is_right = torch.equal(wrapped(tokens), reference(tokens))
+        is_right = is_right and torch.equal(wrapped(tokens), outside)
+    return differences(averager.full_state_dict(all_ranks=True), expected), is_right
+
+
+def test_a_compiled_model_is_the_same_model() -> None:
+    assert run_ranks(compiled, 1, "plain") == [([], True)]
+
+
+def unreplicated(layout: str) -> tuple[int, list[str], str]:
+    """shard_replicas=False: whole copies, and a restore that needs no peer."""
+    model = build(layout, Awkward)
+    averager = Averager(model, RULES, shard_replicas=False)
+    feed(averager, model, range(3))
+    wrong = [
+        f"{name}: {fqn}"
+        for name in averager.names
+        for fqn in differences(
+            averager.full_state_dict(name, all_ranks=True), torch_average(Awkward, name, range(3))
+        )
+    ]
+    with averager.applied("ema"):
+        pass
+    with torch.no_grad():
+        if dist.get_rank() == 1:
+            unwrapped(model).get_parameter("one").add_(1)
+    return averager["ema"].nbytes, wrong, error_of(averager._shards.check_replicas, "x")
+
+
+def test_whole_copies_on_request() -> None:
+    total = sum(w.nbytes for w in weights_at(Awkward(), 0).values())
+    for held, wrong, check in run_ranks(unreplicated, 2, "ddp"):
+        assert held == total
+        assert wrong == []
+        assert check.startswith("ReplicaMismatch: ")
+
+
+# ---------------------------------------------------------------- metrics
+
+
+def metrics(layout: str) -> dict[str, float]:
+    _, averager = trained(layout, model_class(layout))
+    return averager.metrics(distance=True)
+
+
+@pytest.mark.parametrize("layout", ["plain", "ddp", "fsdp2"])
+def test_metrics_count_each_element_once(layout: str) -> None:
+    cls = model_class(layout)
+    average = torch_average(cls, "swa", range(3))
+    live = weights_at(cls(), 2)
+    apart = sum((average[n].double() - w.double()).square().sum() for n, w in live.items()) ** 0.5
+    norm = sum(w.double().square().sum() for w in live.values()) ** 0.5
+    assert isinstance(apart, Tensor)
+    for found in run_ranks(metrics, 3, layout):
+        assert found["step_count"] == found["swa/num_updates"] == 3
+        assert found["swa/next_weight"] == 0.25
+        # Sums over other parts, in another order, in fp64: its rounding, and some to spare.
+        assert found["swa/distance"] == pytest.approx(float(apart), rel=1e-12)
+        assert found["swa/relative_distance"] == pytest.approx(float(apart / norm), rel=1e-12)
+
+
+def test_metrics_of_an_average_without_updates() -> None:
+    found = Averager(nn.Linear(2, 1), EMA(0.75)).metrics(distance=True)
+    assert found == {
+        "step_count": 0,
+        "ema/num_updates": 0,
+        "ema/next_weight": 1.0,
+        "ema/bytes": 12,
+        "ema/distance": 0.0,
+        "ema/relative_distance": 0.0,
+    }
+
+
+def test_storage_that_was_replaced_is_found() -> None:
+    model = build("plain", Awkward)
+    averager = Averager(model, EMA(0.9))
+    averager.step()
+    model.double()
+    for call in (lambda: averager.applied().__enter__(), lambda: averager.copy_to()):
+        with pytest.raises(distavg.ModelMismatch, match="build a new Averager"):
+            call()
+    assert storages(model)["one"].dtype == torch.float64
+
+
+def test_errors_are_of_the_documented_kinds() -> None:
+    assert issubclass(StateError, RuntimeError)
+    assert issubclass(ConfigError, ValueError)

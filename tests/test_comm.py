@@ -1,0 +1,233 @@
+"""Collectives, what they do on one process, and errors that every rank raises."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from checks import error_of, same, timed_error_of
+from ranks import run_ranks
+from torch import Tensor
+
+from distavg import CheckpointCorrupt, StateError, comm
+from distavg.comm import Comm
+
+
+def test_one_process_communicates_nothing() -> None:
+    alone = Comm()
+    assert (alone.rank, alone.size, alone.is_parallel) == (0, 1, False)
+    assert alone.gather("a", "x") == ["a"]
+    assert alone.gather_to_first("a", "x") == ["a"]
+    assert alone.broadcast("a", "x") == "a"
+    assert alone.announce(2, "x") == {}
+    with pytest.raises(ZeroDivisionError), alone.together("x"):
+        _ = 1 / 0
+    alone.close()
+
+
+def values_of_collectives() -> tuple[object, ...]:
+    ranks = Comm()
+    mine = {"rank": ranks.rank}
+    box = torch.full((3,), float(ranks.rank))
+    ranks.broadcast_tensor(box, "x")
+    found = (
+        ranks.gather(mine, "x"),
+        ranks.gather_to_first(mine, "x"),
+        ranks.broadcast(mine, "x"),
+        box.tolist(),
+        ranks.announce(0, "x"),
+    )
+    ranks.close()
+    return found
+
+
+def test_collectives_carry_every_ranks_value() -> None:
+    everything = [{"rank": rank} for rank in range(3)]
+    for rank, found in enumerate(run_ranks(values_of_collectives, 3)):
+        to_first = everything if rank == 0 else None
+        assert found == (everything, to_first, everything[0], [0.0] * 3, {})
+
+
+TENSORS: list[Callable[[], Tensor]] = [
+    lambda: torch.arange(100, dtype=torch.float32),
+    lambda: torch.tensor(3.5, dtype=torch.float64),
+    lambda: torch.arange(33, dtype=torch.bfloat16).view(3, 11),
+    lambda: torch.tensor([True, False, True]),
+    lambda: torch.empty(0, 4),
+]
+
+
+def tensors_that_arrive() -> list[bool]:
+    ranks = Comm()
+    arrived = []
+    with mock.patch.object(comm, "_MESSAGE_BYTES", 48):  # so that small tensors take several
+        for make in TENSORS:
+            expected = make()
+            if ranks.rank == 0:
+                ranks.send(expected, 1, "x")
+                ranks.broadcast_tensor(expected, "x")
+            else:
+                received, spread = torch.zeros_like(expected), torch.zeros_like(expected)
+                ranks.receive(received, 0, "x")
+                ranks.broadcast_tensor(spread, "x")
+                arrived += [same(received, expected), same(spread, expected)]
+    return arrived
+
+
+def test_tensors_travel_in_messages_of_any_size_and_dtype() -> None:
+    assert run_ranks(tensors_that_arrive, 2) == [[], [True] * 2 * len(TENSORS)]
+
+
+def shared_pieces(message_bytes: int) -> list[str]:
+    """What differs after a rank has given the others its pieces: large, small and strided."""
+    ranks = Comm()
+    assert dist.group.WORLD is not None
+    group = ranks.replica_group(dist.group.WORLD, torch.device("cpu"))
+
+    def pieces(owner: int, value: float) -> list[Tensor]:
+        strided = torch.full((6, 4), value + owner).t()
+        return [
+            torch.full((50,), value + owner),
+            torch.full((), value + owner),
+            strided,
+            strided[1:3],
+            torch.full((3, 3), value + owner, dtype=torch.float64),
+            torch.full((5,), int(value + owner), dtype=torch.int64),
+            torch.empty(0),
+        ]
+
+    mine = [pieces(owner, 10.0 if owner == ranks.rank else 90.0) for owner in range(ranks.size)]
+    with mock.patch.object(comm, "_MESSAGE_BYTES", message_bytes):
+        group.share(mine, "x")
+    return [
+        f"{index} of rank {owner}"
+        for owner, tensors in enumerate(mine)
+        for index, (tensor, expected) in enumerate(zip(tensors, pieces(owner, 10.0), strict=True))
+        if not same(tensor, expected)
+    ]
+
+
+@pytest.mark.parametrize("message_bytes", [8, 64, 2**23])
+def test_every_replica_gets_the_pieces_of_every_owner(message_bytes: int) -> None:
+    assert run_ranks(shared_pieces, 3, message_bytes) == [[], [], []]
+
+
+def errors_together(failing: list[int], kind: str) -> str:
+    ranks = Comm()
+
+    def body() -> None:
+        with ranks.together("testing"):
+            if ranks.rank in failing:
+                if kind == "own":
+                    raise CheckpointCorrupt("a torn file")
+                if kind == "differing":
+                    raise StateError(f"state of {ranks.rank}")
+                raise FileNotFoundError("no file")
+
+    text = error_of(body)
+    assert ranks.gather(ranks.rank, "and on") == list(range(ranks.size))  # still in step
+    return text
+
+
+def test_an_error_of_ours_is_raised_everywhere_with_its_type() -> None:
+    found = run_ranks(errors_together, 3, [1], "own")
+    assert found[1] == "CheckpointCorrupt: a torn file"
+    assert found[0] == found[2] == "CheckpointCorrupt: testing failed. rank 1: a torn file"
+
+
+def test_an_error_of_another_kind_is_a_rank_error_on_the_others() -> None:
+    found = run_ranks(errors_together, 3, [0, 2], "other")
+    assert found[0] == found[2] == "FileNotFoundError: no file"
+    assert found[1] == (
+        "RankError: testing failed. rank 0: FileNotFoundError: no file\n"
+        "rank 2: FileNotFoundError: no file"
+    )
+
+
+def test_errors_that_differ_are_all_told_to_all() -> None:
+    expected = "StateError: testing failed. rank 0: state of 0\nrank 1: state of 1"
+    assert run_ranks(errors_together, 3, [0, 1], "differing") == [expected] * 3
+
+
+def test_nothing_is_raised_where_nothing_failed() -> None:
+    assert run_ranks(errors_together, 2, [], "own") == ["nothing"] * 2
+
+
+def late_announcement() -> tuple[dict[int, int], float]:
+    """What each rank hears, and how long it waited, when only rank 1 has a code and is early."""
+    ranks = Comm()
+    if ranks.rank == 0:
+        time.sleep(1)
+    start = time.monotonic()
+    heard = ranks.announce(2 if ranks.rank == 1 else 0, "x")
+    seconds = time.monotonic() - start
+    assert ranks.gather(0, "and on") == [0, 0]
+    return heard, seconds
+
+
+def test_a_rank_that_announces_a_failure_does_not_wait() -> None:
+    (heard, _), (own, waited) = run_ranks(late_announcement, 2)
+    assert heard == {1: 2}
+    assert own == {}
+    assert waited < 0.5
+
+
+def wait_for_one_that_never_comes(collective: str) -> tuple[str, float] | None:
+    ranks = Comm(timeout=timedelta(seconds=1))
+    if ranks.rank == 1:
+        time.sleep(2)  # alive, and elsewhere
+        return None
+    calls = {
+        "gather": lambda: ranks.gather(1, "testing"),
+        "gather_to_first": lambda: ranks.gather_to_first(1, "testing"),
+        "announce": lambda: ranks.announce(0, "testing"),
+        "receive": lambda: ranks.receive(torch.zeros(3), 1, "testing"),
+    }
+    return timed_error_of(calls[collective])
+
+
+@pytest.mark.parametrize("collective", ["gather", "gather_to_first", "announce", "receive"])
+def test_a_rank_that_never_comes_ends_the_wait_after_the_timeout(collective: str) -> None:
+    found = run_ranks(wait_for_one_that_never_comes, 2, collective)[0]
+    assert found is not None
+    text, seconds = found
+    assert text.startswith("RankError: testing: lost contact with another rank")
+    assert "Averager(timeout=" in text
+    assert 0.9 < seconds < 2
+
+
+def vote_with_the_dead() -> tuple[str, float]:
+    ranks = Comm(timeout=timedelta(seconds=20))
+    if ranks.rank == 1:
+        os._exit(3)
+
+    def body() -> None:
+        with ranks.together("testing"):
+            pass
+
+    return timed_error_of(body)
+
+
+def test_a_dead_rank_ends_a_vote_at_once() -> None:
+    found = run_ranks(vote_with_the_dead, 3, expect_death=[1])
+    for text, seconds in (found[0], found[2]):
+        assert text.startswith("RankError: testing: lost contact")
+        assert seconds < 10
+
+
+def two_of_three() -> tuple[int, int, list[int]] | None:
+    group = dist.new_group([0, 2])
+    if dist.get_rank() == 1:
+        return None
+    ranks = Comm(group)
+    return ranks.rank, ranks.size, ranks.gather(dist.get_rank(), "x")
+
+
+def test_a_group_of_some_ranks_counts_within_itself() -> None:
+    assert run_ranks(two_of_three, 3) == [(0, 2, [0, 2]), None, (1, 2, [0, 2])]

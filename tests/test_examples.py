@@ -1,0 +1,48 @@
+"""Whole jobs: the examples as a user starts them, with python and with torchrun."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+TINY = ["--steps", "6", "--width", "32", "--layers", "1", "--batch", "1", "--context", "32"]
+
+
+def run(ranks: int, example: str, *arguments: str, cwd: Path) -> str:
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    finished = subprocess.run(
+        [*command, str(EXAMPLES / example), *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def checksums(output: str) -> list[str]:
+    return [line for line in output.splitlines() if line.startswith("checksum")]
+
+
+def test_the_quickstart_on_one_process_and_on_two(tmp_path: Path) -> None:
+    # The same seed on every rank, so the same weights as on one process.
+    assert set(run(1, "quickstart.py", cwd=tmp_path).splitlines()) == set(
+        run(2, "quickstart.py", cwd=tmp_path).splitlines()
+    )
+
+
+def test_a_run_saved_on_two_ranks_resumes_on_three_and_on_one(tmp_path: Path) -> None:
+    saved = run(2, "train_gpt.py", "--parallel=fsdp2", "--save=gpt", *TINY, cwd=tmp_path)
+    assert len(checksums(saved)) == 2
+    three = run(3, "train_gpt.py", "--parallel=ddp", "--resume=gpt", *TINY, cwd=tmp_path)
+    assert checksums(three) == checksums(saved)
+    more = [*TINY, "--steps=8", "--save=more"]
+    one = run(1, "train_gpt.py", "--resume=gpt", *more, cwd=tmp_path)
+    assert checksums(one)[:2] == checksums(saved)
+    assert "held-out loss at step 8" in one

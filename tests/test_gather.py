@@ -1,0 +1,220 @@
+"""Whole tensors, one at a time, and copies into other modules."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from checks import (
+    communications,
+    differences,
+    error_of,
+    outputs,
+    outputs_with,
+    same,
+    storages,
+    torch_average,
+    trained,
+    world_sizes,
+)
+from models import Awkward, TokenModel, Uneven, build, unwrapped, whole_weights
+from ranks import run_ranks
+from torch import Tensor, nn
+
+import distavg
+
+CASES = world_sizes(
+    {"plain": [1, 2], "ddp": [1, 2, 3, 4], "fsdp2": [1, 2, 3, 4], "fsdp2-keep": [2]}
+)
+
+
+def model_class(layout: str) -> type[TokenModel]:
+    return Uneven if layout.startswith("fsdp2") else Awkward
+
+
+def whole_tensors(layout: str, all_ranks: bool) -> tuple[dict[str, Tensor], list[str]]:
+    """The state dict, and the names that the iterator gives this rank, with or without tensor."""
+    model, averager = trained(layout, model_class(layout))
+    outputs(model)  # an FSDP2 root is unsharded from here on
+    names = []
+    for name, tensor in averager.iter_full_tensors("ema", all_ranks=all_ranks):
+        names.append(name if tensor is not None else f"{name} elsewhere")
+        assert tensor is None or tensor.device.type == "cpu"
+    return averager.full_state_dict("ema", all_ranks=all_ranks), names
+
+
+@pytest.mark.parametrize("all_ranks", [False, True])
+@pytest.mark.parametrize(("layout", "world_size"), CASES)
+def test_whole_tensors_are_those_of_a_plain_average(
+    layout: str, world_size: int, all_ranks: bool
+) -> None:
+    cls = model_class(layout)
+    expected = torch_average(cls, "ema", range(3))
+    # The forward above moved the live statistics, which are not held, as it moves a plain model's.
+    moved = {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked", "calls"}
+    for rank, (found, names) in enumerate(run_ranks(whole_tensors, world_size, layout, all_ranks)):
+        if rank == 0 or all_ranks:
+            assert set(differences(found, expected)) == moved
+            assert set(names) == set(expected)
+            fresh = cls()
+            fresh.load_state_dict(found)  # strict
+            assert fresh.get_parameter("head.weight") is fresh.get_parameter("embed.weight")
+        else:
+            assert found == {}
+            assert set(names) == {f"{name} elsewhere" for name in expected}
+
+
+def sent_bytes(layout: str) -> tuple[int, int]:
+    """The bytes that this rank sends for one state dict on rank 0, and those that it must."""
+    model, averager = trained(layout, model_class(layout))
+    sent = []
+    send = distavg.comm.Comm.send
+
+    def counting(self: Any, tensor: Tensor, rank: int, doing: str) -> None:
+        sent.append(tensor.nbytes)
+        send(self, tensor, rank, doing)
+
+    with mock.patch.object(distavg.comm.Comm, "send", counting):
+        averager.full_state_dict("ema")
+    frozen = storages(model)["frozen"].nbytes if layout == "fsdp2" else 0
+    return sum(sent), averager["ema"].nbytes + frozen
+
+
+@pytest.mark.parametrize("layout", ["plain", "ddp", "fsdp2"])
+def test_each_element_is_sent_at_most_once(layout: str) -> None:
+    """Rank 0 keeps its own part; what it has whole, nobody sends."""
+    (sent, _), *others = run_ranks(sent_bytes, 3, layout)
+    assert sent == 0
+    for sent, needed in others:
+        assert sent == (0 if layout == "plain" else needed)
+
+
+def before_and_inside(layout: str) -> list[str]:
+    """Whole tensors before the first update and while another average is applied."""
+    cls = model_class(layout)
+    model = build(layout, cls)
+    averager = distavg.Averager(model, {"a": distavg.EMA(0.5), "b": distavg.EMA(0.5)})
+    start = build("plain", cls).state_dict()
+    wrong = differences(averager.full_state_dict("a", all_ranks=True), start)
+    averager.step()
+    before = averager.full_state_dict("a", all_ranks=True)
+    with averager.applied("b"):
+        wrong += differences(averager.full_state_dict("a", all_ranks=True), before)
+    with averager.applied("a"):
+        wrong += differences(averager.full_state_dict("a", all_ranks=True), before)
+    return wrong
+
+
+@pytest.mark.parametrize("layout", ["plain", "ddp", "fsdp2"])
+def test_whole_tensors_at_odd_moments(layout: str) -> None:
+    assert run_ranks(before_and_inside, 2, layout) == [[], []]
+
+
+def test_whole_tensors_are_copies() -> None:
+    model, averager = trained("plain", Awkward)
+    before = storages(model)["frozen"].clone()
+    for tensor in averager.full_state_dict("ema").values():
+        tensor.zero_()
+    assert same(storages(model)["frozen"], before)
+    assert averager.full_state_dict("ema")["one"].item() != 0
+
+
+# ---------------------------------------------------------------- copy_to
+
+
+def teacher_after(layout: str, target_layout: str) -> tuple[list[str], bool, list[str]]:
+    """What a teacher holds wrongly, whether it computes rightly, what changed in the live model."""
+    cls = Uneven if "fsdp2" in (layout + target_layout) else Awkward
+    model, averager = trained(layout, cls)
+    teacher = build(target_layout, cls, seed=77)
+    outputs(teacher)
+    outputs(model)
+    refs = storages(model)
+    before = {name: tensor.clone() for name, tensor in refs.items()}
+    averager.copy_to(teacher, "swa")
+    expected = torch_average(cls, "swa", range(3))
+    found = whole_weights(teacher)
+    wrong = differences(found, {name: expected[name] for name in found})
+    live_buffers = dict(unwrapped(model).named_buffers())
+    wrong += differences(dict(unwrapped(teacher).named_buffers()), live_buffers)
+    teacher.eval()
+    is_right = same(outputs(teacher), outputs_with(cls, {**expected, **live_buffers}))
+    return wrong, is_right, differences(refs, before)
+
+
+@pytest.mark.parametrize("target", ["plain", "ddp", "fsdp2", "fsdp2-keep"])
+@pytest.mark.parametrize("layout", ["plain", "ddp", "fsdp2", "fsdp2-keep"])
+def test_a_teacher_in_any_layout_gets_the_average(layout: str, target: str) -> None:
+    assert run_ranks(teacher_after, 3, layout, target) == [([], True, [])] * 3
+
+
+def teacher_collectives(layout: str, target: str) -> tuple[int, int]:
+    """Collectives of copying to a teacher: beyond the one that tells how it went, and bytes."""
+    _, averager = trained(layout, Uneven)
+    teacher = build(target, Uneven, seed=77)
+    vote = communications(lambda: averager._comm.raise_together(None, "x"))
+    counted = communications(lambda: averager.copy_to(teacher, "swa"))
+    return counted - vote, vote
+
+
+@pytest.mark.parametrize("layout", ["plain", "fsdp2", "fsdp2-keep"])
+def test_no_tensor_travels_between_equal_layouts(layout: str) -> None:
+    for beyond, vote in run_ranks(teacher_collectives, 2, layout, layout):
+        assert beyond <= 0
+        assert vote > 0  # the check can count
+    for beyond, _ in run_ranks(teacher_collectives, 2, layout, "ddp"):
+        assert beyond > 0
+
+
+def teacher_that_differs(change: str) -> str:
+    _, averager = trained("fsdp2", Uneven)
+    teacher = Uneven()
+    if dist.get_rank() == 1 or change != "one rank":
+        if change == "shape":
+            teacher.one = nn.Parameter(torch.zeros(2))
+        else:
+            teacher.extra = nn.Parameter(torch.zeros(2))
+    before = {name: p.clone() for name, p in teacher.named_parameters()}
+    text = error_of(averager.copy_to, teacher, "swa")
+    assert differences(dict(teacher.named_parameters()), before) == []
+    return text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("shape", "one has shape (1,) in the averaged model and (2,) in the target"),
+        ("name", "only the target has a tensor extra"),
+        ("one rank", "only the target has a tensor extra"),
+    ],
+)
+def test_a_teacher_of_another_model_is_refused_on_all_ranks(change: str, message: str) -> None:
+    for text in run_ranks(teacher_that_differs, 2, change):
+        assert text.startswith("ModelMismatch: ")
+        assert message in text
+
+
+def permanent(layout: str) -> tuple[list[str], bool, str]:
+    cls = model_class(layout)
+    model, averager = trained(layout, cls)
+    outputs(model)
+    averager.copy_to(name="swa")
+    expected = torch_average(cls, "swa", range(3))
+    found = whole_weights(model)
+    wrong = differences(found, {name: expected[name] for name in found})
+    wrong += differences(
+        {n: averager.full_state_dict("swa", all_ranks=True)[n] for n in found},
+        {n: expected[n] for n in found},
+    )
+    model.eval()
+    live_buffers = dict(unwrapped(model).named_buffers())
+    is_right = same(outputs(model), outputs_with(cls, {**expected, **live_buffers}))
+    return wrong, is_right, error_of(averager.step)
+
+
+@pytest.mark.parametrize(("layout", "world_size"), CASES)
+def test_the_live_model_may_become_the_average_for_good(layout: str, world_size: int) -> None:
+    assert run_ranks(permanent, world_size, layout) == [([], True, "nothing")] * world_size

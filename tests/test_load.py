@@ -1,0 +1,662 @@
+"""Loading: from every layout into every other, bit for bit; or an error, and nothing changed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from checks import (
+    RULES,
+    cloned,
+    differences,
+    error_of,
+    feed,
+    same,
+    storages,
+    torch_average,
+    trained,
+)
+from models import LAYOUTS, Awkward, TokenModel, Uneven, build, floating_buffers
+from ranks import run_ranks
+from torch import Tensor, nn
+
+from distavg import EMA, SWA, Averager, Clock
+from distavg.checkpoint.load import verify_checkpoint
+from distavg.checkpoint.manifest import read_manifest
+from distavg.errors import (
+    CheckpointCorrupt,
+    CheckpointMismatch,
+    CheckpointNotFound,
+    ConfigError,
+    StateError,
+)
+
+CLOCK = Clock(steps_per_epoch=2)
+RESUMED_CLOCK = Clock(steps_per_epoch=5)
+
+
+def held(averager: Averager, names: list[str], rule: str) -> dict[str, Tensor]:
+    whole = averager.full_state_dict(rule)
+    return {name: whole[name] for name in names if name in whole}
+
+
+def trainable(cls: type[nn.Module] = Uneven) -> list[str]:
+    return [name for name, p in cls().named_parameters() if p.requires_grad]
+
+
+def expected(rule: str, num_steps: int = 3) -> dict[str, Tensor]:
+    whole = torch_average(Uneven, rule, range(num_steps))
+    return {name: whole[name] for name in trainable()}
+
+
+def poison(averager: Averager) -> None:
+    """Nothing of what was there before may pass for what was loaded."""
+    for name in averager.names:
+        for tensor in averager[name].tensors:
+            tensor.fill_(float("nan") if tensor.is_floating_point() else True)
+
+
+def memory(averager: Averager) -> dict[str, Any]:
+    """All that a load may change on this rank."""
+    tensors = {
+        f"{name}/{i}": tensor
+        for name in averager.names
+        for i, tensor in enumerate(averager[name].tensors)
+    }
+    return cloned(tensors)
+
+
+def counters(averager: Averager) -> tuple[object, ...]:
+    numbers = [(averager[name].num_updates, averager[name].rule) for name in averager.names]
+    return (averager.step_count, *numbers)
+
+
+def flip(path: Path, position: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(position)
+        (byte,) = file.read(1)
+        file.seek(position)
+        file.write(bytes([byte ^ 1]))
+
+
+# --------------------------------------------------------------------- every layout into every one
+
+
+def save_all(root: str) -> None:
+    for layout in LAYOUTS:
+        _, averager = trained(layout, Uneven, clock=CLOCK)
+        averager.save(f"{root}/{layout}-{dist.get_world_size()}")
+
+
+def load_all(root: str) -> tuple[list[str], dict[str, int]]:
+    """Load every checkpoint into every layout on these ranks.
+
+    Returns:
+        What is wrong, and the elements that this rank holds in each layout.
+    """
+    wrong: list[str] = []
+    elements: dict[str, int] = {}
+    oracle = {rule: expected(rule) for rule in RULES}
+    for layout in LAYOUTS:
+        model = build(layout, Uneven, seed=7)
+        averager = Averager(model, RULES, clock=RESUMED_CLOCK)
+        live = cloned(storages(model))
+        elements[layout] = sum(tensor.numel() for tensor in averager["ema"].tensors)
+        for path in sorted(Path(root).iterdir()):
+            poison(averager)
+            averager.load(path)
+            problems = [
+                f"{rule}: {shard.fqn}"
+                for rule in RULES
+                for shard in averager[rule].own_shards()
+                if not same(shard.tensor, oracle[rule][shard.fqn][shard.box.slices()])
+            ]
+            if counters(averager) != (3, (3, RULES["ema"]), (3, RULES["swa"])):
+                problems.append(f"{counters(averager)}")
+            if averager._position.epochs != Fraction(3, 2):
+                problems.append(f"{averager._position}")
+            problems += differences(storages(model), live)
+            wrong += (f"{path.name} into {layout}: {problem}" for problem in problems)
+    return wrong, elements
+
+
+def test_every_layout_into_every_layout(tmp_path: Path) -> None:
+    world_sizes = (1, 2, 3, 4)
+    for size in reversed(world_sizes):
+        run_ranks(save_all, size, str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == len(LAYOUTS) * len(world_sizes)
+    for path in tmp_path.iterdir():
+        verify_checkpoint(path)
+    total = sum(tensor.numel() for tensor in expected("ema").values())
+    for size in world_sizes:
+        results = run_ranks(load_all, size, str(tmp_path))
+        assert [wrong for wrong, _ in results] == [[]] * size
+        for layout in LAYOUTS:
+            copies = size if layout == "plain" else 1
+            assert sum(elements[layout] for _, elements in results) == copies * total
+
+
+def save_awkward(root: str) -> None:
+    _, averager = trained("ddp", Awkward, buffers="averaged")
+    averager.save(f"{root}/a")
+
+
+def load_awkward(root: str) -> list[str]:
+    _, averager = trained("ddp", Awkward, (), buffers="averaged")
+    averager.load(f"{root}/a")
+    return awkward_differences(averager)
+
+
+def awkward_differences(averager: Averager) -> list[str]:
+    found = []
+    names = [*trainable(Awkward), *(name for name, _ in floating_buffers(Awkward()))]
+    for rule in RULES:
+        whole = torch_average(Awkward, rule, range(3))
+        # Buffers do not change in `trained`, so that their average is what they are.
+        oracle = {name: whole[name] for name in names}
+        mine = held(averager, names, rule)
+        found += differences(mine, oracle) if mine else []
+    return found
+
+
+def test_awkward_tensors_and_buffers(tmp_path: Path) -> None:
+    run_ranks(save_awkward, 2, str(tmp_path))
+    assert run_ranks(load_awkward, 3, str(tmp_path)) == [[], [], []]
+    _, averager = trained("plain", Awkward, (), buffers="averaged")
+    averager.load(tmp_path / "a")
+    assert awkward_differences(averager) == []
+
+
+def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    """The averages, the counters and the place in the epoch."""
+    rules = {"ema": EMA(0.9, update_interval="2ba"), "swa": SWA(update_interval="1ep")}
+    model, through = trained("plain", Uneven, range(9), rules=rules, clock=CLOCK)
+    _, first = trained("plain", Uneven, range(5), rules=rules, clock=CLOCK)
+    first.save(tmp_path / "a")
+    model, second = trained("plain", Uneven, (), rules=rules, clock=CLOCK)
+    second.load(tmp_path / "a")
+    feed(second, model, range(5, 9))
+    assert counters(second) == counters(through)
+    assert differences(memory(second), memory(through)) == []
+
+
+def test_an_average_without_updates_reads_as_the_live_weights(tmp_path: Path) -> None:
+    _, first = trained("plain", Uneven, ())
+    first.save(tmp_path / "a")
+    model, second = trained("plain", Uneven, range(3))
+    second.load(tmp_path / "a")
+    assert second["ema"].num_updates == 0
+    whole = dict(model.named_parameters())
+    assert differences(held(second, trainable(), "ema"), {n: whole[n] for n in trainable()}) == []
+
+
+# ------------------------------------------------------------------------------------- options
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """EMA and SWA of Uneven after three steps, saved by one process."""
+    _, averager = trained("plain", Uneven)
+    averager.save(tmp_path / "a")
+    return tmp_path / "a"
+
+
+def test_names_renames(checkpoint: Path) -> None:
+    _, averager = trained("plain", Uneven, (), rules={"slow": EMA(0.9), "swa": RULES["swa"]})
+    averager.load(checkpoint, names={"ema": "slow"})
+    assert differences(held(averager, trainable(), "slow"), expected("ema")) == []
+    assert differences(held(averager, trainable(), "swa"), expected("swa")) == []
+
+
+def test_names_swaps_two(checkpoint: Path) -> None:
+    rules = {"ema": RULES["swa"], "swa": RULES["ema"]}
+    _, averager = trained("plain", Uneven, (), rules=rules)
+    averager.load(checkpoint, names={"ema": "swa", "swa": "ema"})
+    assert differences(held(averager, trainable(), "swa"), expected("ema")) == []
+    assert differences(held(averager, trainable(), "ema"), expected("swa")) == []
+
+
+def test_what_is_not_asked_for_is_left_alone(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, averager = trained("plain", Uneven, (), rules={"ema": RULES["ema"]})
+    with caplog.at_level(logging.INFO, logger="distavg"):
+        averager.load(checkpoint)
+    assert caplog.messages == [
+        f"{checkpoint}: the saved averages ['swa'] are not asked for and left alone"
+    ]
+    assert differences(held(averager, trainable(), "ema"), expected("ema")) == []
+
+
+def test_missing_averages(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rules = {"new": EMA(0.5), **RULES}
+    model, averager = trained("plain", Uneven, range(4), rules=rules)
+    before, numbers = memory(averager), counters(averager)
+    with pytest.raises(CheckpointMismatch) as caught:
+        averager.load(checkpoint)
+    assert str(caught.value) == (
+        f"{checkpoint} holds the averages ['ema', 'swa'], not ['new']: rename with names=, or "
+        "start them from the live weights with missing='from_model'"
+    )
+    assert (differences(memory(averager), before), counters(averager)) == ([], numbers)
+
+    averager.load(checkpoint, missing="from_model")
+    assert caplog.messages == [f"{checkpoint}: the averages ['new'] start from the live weights"]
+    live = dict(model.named_parameters())
+    assert averager["new"].num_updates == 0
+    assert differences(held(averager, trainable(), "new"), {n: live[n] for n in trainable()}) == []
+    assert differences(held(averager, trainable(), "ema"), expected("ema")) == []
+    feed(averager, model, [4])
+    live = cloned(dict(model.named_parameters()))
+    assert differences(held(averager, trainable(), "new"), {n: live[n] for n in trainable()}) == []
+
+
+def test_another_rule(checkpoint: Path) -> None:
+    rules = {"ema": EMA(0.5, start="2ba"), "swa": RULES["swa"]}
+    _, averager = trained("plain", Uneven, (), rules=rules)
+    with pytest.raises(CheckpointMismatch) as caught:
+        averager.load(checkpoint)
+    assert str(caught.value) == (
+        f"{checkpoint}: average 'ema': start='0ba' was saved and start='2ba' is asked for, "
+        "decay=0.9 was saved and decay=0.5 is asked for. Go on with one of them: rules='saved' or "
+        "rules='current'"
+    )
+    for option, rule in (("current", rules["ema"]), ("saved", RULES["ema"])):
+        averager.load(checkpoint, rules=option)
+        assert averager["ema"].rule == rule
+        assert averager["ema"].num_updates == 3
+        assert averager["ema"].weight == rule.weight(3)
+        assert differences(held(averager, trainable(), "ema"), expected("ema")) == []
+
+
+def test_a_saved_rule_that_this_clock_cannot_resolve(tmp_path: Path) -> None:
+    _, first = trained("plain", Uneven, rules=SWA(), clock=CLOCK)
+    first.save(tmp_path / "a")
+    _, averager = trained("plain", Uneven, rules={"swa": SWA(update_interval="2ba")})
+    before = memory(averager)
+    with pytest.raises(ConfigError, match="average 'swa': '1ep' needs the number of optimizer"):
+        averager.load(tmp_path / "a", rules="saved")
+    assert differences(memory(averager), before) == []
+
+
+def test_another_dtype(checkpoint: Path) -> None:
+    _, averager = trained("plain", Uneven, dtype=torch.float64)
+    before = memory(averager)
+    with pytest.raises(CheckpointMismatch) as caught:
+        averager.load(checkpoint)
+    assert str(caught.value) == (
+        "experts: the checkpoint holds float32, the average is torch.float64. Convert with "
+        "cast=True, or build the Averager with dtype=torch.float32"
+    )
+    assert differences(memory(averager), before) == []
+    averager.load(checkpoint, cast=True)
+    wider = {name: tensor.double() for name, tensor in expected("ema").items()}
+    with_cast = {shard.fqn: shard.tensor for shard in averager["ema"].own_shards()}
+    assert differences(with_cast, wider) == []
+
+
+def test_options_that_cannot_be(checkpoint: Path) -> None:
+    _, averager = trained("plain", Uneven)
+    for options, text in (
+        ({"missing": "skip"}, "load: missing='skip' is none of ('error', 'from_model')"),
+        ({"rules": "new"}, "load: rules='new' is none of ('error', 'current', 'saved')"),
+        (
+            {"names": {"sma": "swa"}},
+            f"load: names={{'sma': 'swa'}}: {checkpoint} holds ['ema', 'swa'], this averager has "
+            "['ema', 'swa']",
+        ),
+        (
+            {"names": {"ema": "sma"}},
+            f"load: names={{'ema': 'sma'}}: {checkpoint} holds ['ema', 'swa'], this averager has "
+            "['ema', 'swa']",
+        ),
+        (
+            {"names": {"ema": "swa"}},
+            "load: names={'ema': 'swa'} gives two saved averages one name",
+        ),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            averager.load(checkpoint, **options)  # type: ignore[arg-type]
+        assert str(caught.value) == text
+
+
+def test_also_gets_the_folder_back(checkpoint: Path, tmp_path: Path) -> None:
+    _, averager = trained("plain", Uneven)
+    averager.save(tmp_path / "b", also=lambda folder: (folder / "note").write_text("hello"))
+    seen: list[str] = []
+    averager.load(tmp_path / "b", also=lambda folder: seen.append((folder / "note").read_text()))
+    assert seen == ["hello"]
+    with pytest.raises(CheckpointMismatch) as caught:
+        averager.load(checkpoint, also=lambda folder: pytest.fail("there is none"))
+    assert str(caught.value) == (
+        f"{checkpoint} was saved without also=, so load(also=) has no folder"
+    )
+
+
+def test_not_inside_applied(checkpoint: Path) -> None:
+    _, averager = trained("plain", Uneven)
+    with averager.applied("ema"), pytest.raises(StateError) as caught:
+        averager.load(checkpoint)
+    assert str(caught.value) == "load() inside applied('ema'): load after the context"
+
+
+# ------------------------------------------------------------------------------ another model
+
+
+class Wider(Uneven):
+    vocabulary = 6
+
+
+class Deeper(Uneven):
+    def __init__(self) -> None:
+        super().__init__()
+        self.more = nn.Linear(2, 2, bias=False)
+        self.reset()
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "text"),
+    [
+        (
+            Wider,
+            {},
+            "embed.weight: the checkpoint holds shape (5, 4), the model has (6, 4). Build the "
+            "model with the saved sizes, or skip the tensor with exclude=['embed.weight']",
+        ),
+        (
+            Deeper,
+            {},
+            "{path}: average 'ema': more.weight is averaged here and not in the checkpoint: leave "
+            "it out with exclude=['more.weight']",
+        ),
+        (
+            Uneven,
+            {"exclude": ["experts"]},
+            "{path}: average 'ema': experts is in the checkpoint and not averaged here: build the "
+            "model that was saved",
+        ),
+        (
+            Uneven,
+            {"buffers": "copied"},
+            "{path}: average 'ema': calls is averaged here and not in the checkpoint: leave it out "
+            "with exclude=['calls']",
+        ),
+    ],
+)
+def test_another_model(
+    checkpoint: Path, cls: type[TokenModel], options: dict[str, Any], text: str
+) -> None:
+    _, averager = trained("plain", cls, range(2), **options)
+    before, numbers = memory(averager), counters(averager)
+    with pytest.raises(CheckpointMismatch) as caught:
+        averager.load(checkpoint)
+    assert str(caught.value).startswith(text.format(path=checkpoint))
+    assert (differences(memory(averager), before), counters(averager)) == ([], numbers)
+    averager.step()  # and it goes on
+
+
+def test_an_extra_tensor_can_be_left_out_as_the_message_says(checkpoint: Path) -> None:
+    _, averager = trained("plain", Deeper, (), exclude=["more.weight"])
+    averager.load(checkpoint)
+    assert differences(held(averager, trainable(), "ema"), expected("ema")) == []
+
+
+# --------------------------------------------------------------- damage that is seen beforehand
+
+
+def first_file(path: Path, average: str = "ema") -> Path:
+    return path / read_manifest(path).averages[average].files[0].name
+
+
+def foreign(path: Path) -> None:
+    """The same average, saved by another run, in this one's place."""
+    other = path.with_name("other")
+    trained("plain", Uneven)[1].save(other)
+    shutil.copyfile(first_file(other), first_file(path))
+
+
+DAMAGES: list[tuple[Callable[[Path], object], type[Exception], str]] = [
+    (lambda path: shutil.rmtree(path), CheckpointNotFound, "{path}: there is no checkpoint here"),
+    (
+        lambda path: (path / "manifest.json").unlink(),
+        CheckpointNotFound,
+        "{path}: has no manifest.json: it is not a checkpoint, or its save was never committed",
+    ),
+    (
+        lambda path: flip(path / "manifest.json", 200),
+        CheckpointCorrupt,
+        "{path}: manifest.json is torn or spoiled: ",
+    ),
+    (lambda path: first_file(path).unlink(), CheckpointCorrupt, "{file} is missing"),
+    (
+        lambda path: os.truncate(first_file(path), 500),
+        CheckpointCorrupt,
+        "{file} is torn: it has 500 bytes, the manifest says ",
+    ),
+    (
+        lambda path: flip(first_file(path), 40),
+        CheckpointCorrupt,
+        "{file}: the checksum of its header is wrong",
+    ),
+    (foreign, CheckpointCorrupt, "{file} belongs to another save: its id is "),
+]
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize(("damage", "kind", "text"), DAMAGES)
+def test_damage_that_is_seen_beforehand(
+    checkpoint: Path,
+    damage: Callable[[Path], object],
+    kind: type[Exception],
+    text: str,
+    verify: bool,
+) -> None:
+    model, averager = trained("plain", Uneven, range(4))
+    before, numbers = memory(averager), counters(averager)
+    file = first_file(checkpoint)
+    damage(checkpoint)
+    with pytest.raises(kind) as caught:
+        averager.load(checkpoint, verify=verify)
+    assert str(caught.value).startswith(text.format(path=checkpoint, file=file))
+    assert (differences(memory(averager), before), counters(averager)) == ([], numbers)
+    feed(averager, model, [4])  # nothing has happened
+    assert averager.step_count == 5
+
+
+def load_damaged(root: str, damages: list[str]) -> list[tuple[str, list[str]]]:
+    """Files that only rank 1 reads are damaged; what each rank hears, and what has changed."""
+    _, averager = trained("fsdp2", Uneven)
+    found = []
+    for damage in damages:
+        averager.save(f"{root}/{damage}")
+        path = Path(root, damage, "ema", "shard-00002-model-00001-of-00001.safetensors")
+        if dist.get_rank() == 0:
+            if damage == "missing":
+                path.unlink()
+            elif damage == "torn":
+                os.truncate(path, 700)
+            else:
+                flip(path, 30)
+        dist.barrier()
+        before = memory(averager)
+        text = error_of(averager.load, f"{root}/{damage}")
+        found.append((text, differences(memory(averager), before)))
+        averager.step()
+    return found
+
+
+def test_damage_that_one_rank_sees_is_raised_on_all(tmp_path: Path) -> None:
+    words = {"missing": " is missing", "torn": " is torn: it has 700 bytes", "header": "header"}
+    results = run_ranks(load_damaged, 2, str(tmp_path), list(words))
+    for rank, found in enumerate(results):
+        for (damage, word), (text, changed) in zip(words.items(), found, strict=True):
+            path = tmp_path / damage / "ema" / "shard-00002-model-00001-of-00001.safetensors"
+            start = "" if rank == 1 else f"loading {tmp_path / damage} failed. rank 1: "
+            assert text.startswith(f"CheckpointCorrupt: {start}{path}")
+            assert word in text
+            assert changed == []
+
+
+# ---------------------------------------------------------------- damage that is found on the way
+
+
+@contextmanager
+def a_flipped_bit(root: str, file: str, fqn: str) -> Iterator[None]:
+    """While it lasts, the first byte of a tensor in a file is wrong."""
+    path = Path(root)
+    saved = next(f for f in read_manifest(path).averages["swa"].files if f.name == file)
+    begin = next(box.begin for box in saved.boxes if box.fqn == fqn)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        flip(path / file, begin)
+    dist.barrier()
+    yield
+    dist.barrier()
+    if dist.get_rank() == 0:
+        flip(path / file, begin)
+    dist.barrier()
+
+
+def load_spoiled(root: str) -> dict[str, Any]:
+    """One bit is wrong in a file that only rank 1 reads."""
+    path = f"{root}/a"
+    _, first = trained("fsdp2", Uneven)
+    first.save(path)
+    model = build("fsdp2", Uneven, seed=7)
+    averager = Averager(model, RULES)
+    feed(averager, model, [4])
+    live = cloned(storages(model))
+    file = "swa/shard-00002-model-00001-of-00001.safetensors"
+    calls: dict[str, Callable[[], object]] = {
+        "step": averager.step,
+        "update": lambda: averager.update("ema"),
+        "applied": lambda: averager.applied("ema").__enter__(),
+        "save": lambda: averager.save(f"{root}/b"),
+        "state_dict": averager.state_dict,
+        "full_state_dict": lambda: averager.full_state_dict("ema"),
+        "copy_to": lambda: averager.copy_to(name="ema"),
+        "metrics": averager.metrics,
+    }
+    with a_flipped_bit(path, file, "experts"):
+        text = error_of(averager.load, path)
+        refusals = {name: error_of(call) for name, call in calls.items()}
+        again = error_of(averager.load, path)
+        missing = error_of(averager.load, f"{root}/nowhere")
+        still = error_of(averager.step)
+        unverified = error_of(averager.load, path, verify=False)
+        wrong = differences(held(averager, trainable(), "swa"), expected("swa"))
+        error_of(averager.load, path)  # broken again
+    good = error_of(averager.load, path)
+    found = held(averager, trainable(), "swa")
+    usable = error_of(averager.step)
+    dist.barrier()
+    return {
+        "text": text,
+        "refusals": refusals,
+        "again": again,
+        "missing": missing,
+        "still": still,
+        "unverified": unverified,
+        "wrong": wrong,
+        "good": good,
+        "differences": differences(found, expected("swa")) if dist.get_rank() == 0 else [],
+        "usable": usable,
+        "live": differences(storages(model), live),
+        "saved": Path(root, "b").exists(),
+    }
+
+
+def test_a_load_that_fails_half_way(tmp_path: Path) -> None:
+    for rank, found in enumerate(run_ranks(load_spoiled, 2, str(tmp_path))):
+        file = "swa/shard-00002-model-00001-of-00001.safetensors"
+        start = "" if rank == 1 else f"loading {tmp_path}/a failed. rank 1: "
+        assert found["text"].startswith(
+            f"CheckpointCorrupt: {start}{file}: experts: the checksum of block 0 is wrong (bytes "
+        )
+        assert found["again"] == found["text"]
+        reason = (
+            f"StateError: loading {tmp_path}/a failed half-way, so the averages hold a mixture of "
+            "old and new values: load a good checkpoint first"
+        )
+        assert found["refusals"] == dict.fromkeys(found["refusals"], reason)
+        assert found["missing"].startswith("CheckpointNotFound: ")
+        assert found["still"] == reason
+        assert found["unverified"] == "nothing"  # that is what verify=False means
+        assert found["wrong"] == (["experts"] if rank == 0 else sorted(trainable()))
+        assert found["good"] == found["usable"] == "nothing"
+        assert found["differences"] == found["live"] == []
+        assert not found["saved"]
+
+
+# ---------------------------------------------------------------------------- ranks that disagree
+
+
+def load_different(root: str) -> list[str]:
+    """Each rank has a checkpoint of its own at its path; or one has none."""
+    _, averager = trained("fsdp2", Uneven)
+    for name in ("own-0", "own-1"):
+        averager.save(f"{root}/{name}")
+    before = memory(averager)
+    texts = [
+        error_of(averager.load, f"{root}/own-{dist.get_rank()}"),
+        error_of(averager.load, f"{root}/own-{2 * dist.get_rank()}"),
+    ]
+    return [*texts, *differences(memory(averager), before)]
+
+
+def test_ranks_without_a_shared_file_system(tmp_path: Path) -> None:
+    for text, missing, *changed in run_ranks(load_different, 2, str(tmp_path)):
+        assert text.startswith("CheckpointMismatch: ")
+        assert "is not the same checkpoint on all ranks: load from a file system" in text
+        assert missing.startswith("CheckpointNotFound: ")
+        assert "own-2: there is no checkpoint here" in missing
+        assert changed == []
+
+
+def mismatched(root: str) -> list[str]:
+    """Mistakes that every rank makes."""
+    _, averager = trained("fsdp2", Uneven)
+    averager.save(f"{root}/a")
+    _, other = trained("fsdp2", Wider)
+    _, rules = trained("fsdp2", Uneven, rules={"ema": EMA(0.5), "swa": RULES["swa"]})
+    return [error_of(each.load, f"{root}/a") for each in (other, rules)]
+
+
+def test_a_mismatch_is_raised_on_every_rank_in_the_same_words(tmp_path: Path) -> None:
+    first, second = run_ranks(mismatched, 2, str(tmp_path))
+    assert first == second
+    assert first[0].startswith("CheckpointMismatch: embed.weight: the checkpoint holds shape")
+    assert first[1].startswith(f"CheckpointMismatch: {tmp_path}/a: average 'ema': decay=0.9 was")
+
+
+# --------------------------------------------------------------------------------------- verify
+
+
+def test_verify_reads_every_byte(checkpoint: Path) -> None:
+    seen: list[int] = []
+    total = sum(average.nbytes for average in read_manifest(checkpoint).averages.values())
+    assert verify_checkpoint(checkpoint, seen.append) == sum(seen) == total
+
+
+@pytest.mark.parametrize("average", ["ema", "swa"])
+def test_verify_finds_every_flipped_byte(checkpoint: Path, average: str) -> None:
+    file = read_manifest(checkpoint).averages[average].files[0]
+    for box in file.boxes:
+        for position in (box.begin, box.begin + 4 * box.box.numel - 1):
+            flip(checkpoint / file.name, position)
+            with pytest.raises(CheckpointCorrupt) as caught:
+                verify_checkpoint(checkpoint)
+            assert str(caught.value).startswith(
+                f"{file.name}: {box.fqn}: the checksum of block 0 is wrong (bytes {box.begin} "
+            )
+            flip(checkpoint / file.name, position)
+    verify_checkpoint(checkpoint)

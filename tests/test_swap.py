@@ -1,0 +1,663 @@
+"""An average in place of the live weights, and back, without a trace, whatever happens."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from checks import (
+    cloned,
+    differences,
+    error_of,
+    feed,
+    outputs,
+    outputs_with,
+    same,
+    storages,
+    timed_error_of,
+    torch_average,
+    trained,
+    world_sizes,
+)
+from models import (
+    LAYOUTS,
+    Awkward,
+    TokenModel,
+    Uneven,
+    backward,
+    build,
+    local_part,
+    loss,
+    set_weights,
+    unwrapped,
+    weights_at,
+)
+from ranks import run_ranks
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+import distavg
+from distavg import swap
+
+CASES = world_sizes(
+    {"plain": [1, 2], "ddp": [1, 2, 3, 4], "fsdp2": [1, 2, 3, 4], "fsdp2-keep": [2, 3]}
+)
+SHORT = timedelta(seconds=5)
+
+
+def model_class(layout: str) -> type[TokenModel]:
+    return Uneven if layout.startswith("fsdp2") else Awkward
+
+
+class BodyError(Exception):
+    """What the bodies here raise."""
+
+
+def everything(model: nn.Module, refs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of all that `applied` must leave as it was: storage, modes, RNG state."""
+    modes = torch.tensor([module.training for module in model.modules()])
+    return {**cloned(refs), "modes": modes, "rng": torch.get_rng_state()}
+
+
+# ---------------------------------------------------------------- what the model computes
+
+
+def wrong_outputs(layout: str, name: str) -> list[str]:
+    """Where a model in evaluation does not compute what a plain one with those weights does."""
+    cls = model_class(layout)
+    model, averager = trained(layout, cls)
+    model.eval()
+    live = outputs_with(cls, weights_at(model, 2))
+    average = outputs_with(cls, torch_average(cls, name, range(3)))
+    assert not same(live, average)
+    seen = {"before": same(outputs(model), live)}  # from here on an FSDP2 root is unsharded
+    with averager.applied(name):
+        seen["inside"] = same(outputs(model), average)
+        seen["inside again"] = same(outputs(model), average)
+    seen["after"] = same(outputs(model), live)
+    seen["after again"] = same(outputs(model), live)
+    with averager.applied(name):
+        seen["second time"] = same(outputs(model), average)
+    seen["after second time"] = same(outputs(model), live)
+    return [when for when, is_right in seen.items() if not is_right]
+
+
+@pytest.mark.parametrize("name", ["ema", "swa"])
+@pytest.mark.parametrize(("layout", "world_size"), CASES)
+def test_forwards_see_the_average_inside_and_the_live_weights_outside(
+    layout: str, world_size: int, name: str
+) -> None:
+    assert run_ranks(wrong_outputs, world_size, layout, name) == [[]] * world_size
+
+
+def trace_of_a_body(layout: str) -> list[str]:
+    model, averager = trained(layout, model_class(layout))
+    refs = storages(model)
+    backward(model)  # gradients, and buffers that differ between ranks
+    with torch.no_grad():
+        for buffer in unwrapped(model).buffers():
+            buffer.add_(dist.get_rank()) if buffer.dtype != torch.bool else buffer.logical_not_()
+    before = everything(model, refs)
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    kept = {n: g.to_local() if isinstance(g, DTensor) else g for n, g in gradients.items()}
+    kept_before = cloned(kept)
+    with averager.applied("ema"):
+        model.eval()
+        outputs(model)  # through DDP it overwrites other ranks' buffers by rank 0's
+        model.train()
+        outputs(model)  # moves BatchNorm statistics and counters
+        next(iter(model.children())).eval()
+        torch.rand(3)
+        unwrapped(model).register_buffer("offset", torch.ones(TokenModel.vocabulary))
+    gone = [n for n in gradients if model.get_parameter(n).grad is not gradients[n]]
+    return differences(everything(model, refs), before) + differences(kept, kept_before) + gone
+
+
+@pytest.mark.parametrize(("layout", "world_size"), CASES)
+def test_a_body_leaves_no_trace(layout: str, world_size: int) -> None:
+    assert run_ranks(trace_of_a_body, world_size, layout) == [[]] * world_size
+
+
+def update_while_unsharded(layout: str) -> list[str]:
+    """Update after a forward, and write the sharded storage as an optimizer does."""
+    cls = model_class(layout)
+    model = build(layout, cls)
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    averager = distavg.Averager(model, distavg.EMA(0.9))
+    for step in range(3):
+        set_weights(model, weights_at(model, step))
+        outputs(model)
+        averager.step()
+    with torch.no_grad():
+        for name, weight in weights_at(model, 3).items():
+            parameter = parameters[name]
+            if isinstance(parameter, DTensor):  # while modules hold unsharded parameters
+                parameter.to_local().copy_(local_part(weight, parameter))
+            else:
+                parameter.copy_(weight)
+    averager.step()
+    found = averager.full_state_dict(all_ranks=True)
+    expected = torch_average(cls, "ema", range(4))
+    return differences({n: found[n] for n in parameters}, {n: expected[n] for n in parameters})
+
+
+@pytest.mark.parametrize("layout", ["fsdp2", "fsdp2-keep"])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_updates_read_the_sharded_storage(layout: str, world_size: int) -> None:
+    assert run_ranks(update_while_unsharded, world_size, layout) == [[]] * world_size
+
+
+def graph_across_a_swap() -> str:
+    model, averager = trained("plain", Awkward)
+    value = loss(model)
+    with averager.applied("ema"):
+        pass
+    return error_of(value.backward)
+
+
+def test_autograd_notices_a_graph_that_spans_a_swap() -> None:
+    assert "modified by an inplace operation" in graph_across_a_swap()
+
+
+def bf16_trace(layout: str) -> tuple[list[str], bool]:
+    """bf16 weights under an fp32 average: what differs afterwards; whether the inside is right."""
+    cls = model_class(layout)
+    model = build(layout, cls, torch.bfloat16)
+    averager = distavg.Averager(model, distavg.EMA(0.5))
+    feed(averager, model, range(3))
+    refs = storages(model)
+    model.eval()
+    before = everything(model, refs)
+    average = averager.full_state_dict(all_ranks=True)
+    assert {average[n].dtype for n in weights_at(model, 0)} == {torch.float32}
+    with averager.applied():
+        is_right = same(outputs(model), outputs_with(cls, average, torch.bfloat16))
+    now = averager.full_state_dict(all_ranks=True)
+    return differences(everything(model, refs), before) + differences(now, average), is_right
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_fp32_average_of_bf16_weights_is_rounded_once_and_kept(layout: str) -> None:
+    assert run_ranks(bf16_trace, 2, layout) == [([], True)] * 2
+
+
+def inference_mode_trace(layout: str, outermost: bool) -> tuple[list[str], list[bool]]:
+    cls = model_class(layout)
+    model, averager = trained(layout, cls)
+    refs = storages(model)
+    model.eval()
+    average = outputs_with(cls, torch_average(cls, "swa", range(3)))
+    before = everything(model, refs)
+    seen = []
+    if outermost:
+        with torch.inference_mode(), averager.applied("swa"):
+            seen.append(same(outputs(model), average))
+    else:
+        with averager.applied("swa"), torch.inference_mode():
+            seen.append(same(outputs(model), average))
+    averager.step()
+    return differences(everything(model, refs), before), seen
+
+
+@pytest.mark.parametrize("outermost", [False, True])
+@pytest.mark.parametrize("layout", ["plain", "ddp", "fsdp2"])
+def test_evaluation_in_inference_mode(layout: str, outermost: bool) -> None:
+    assert run_ranks(inference_mode_trace, 2, layout, outermost) == [([], [True])] * 2
+
+
+# ---------------------------------------------------------------- bodies that fail
+
+
+def fail_inside(layout: str, failing: list[int]) -> tuple[str, list[str], bool]:
+    """What this rank raised, what changed, and whether the averager goes on well."""
+    cls = model_class(layout)
+    model, averager = trained(layout, cls)
+    refs = storages(model)
+    before = everything(model, refs)
+    inner = unwrapped(model)
+
+    def body() -> None:
+        with averager.applied("swa"):
+            model.train()
+            outputs(model)
+            inner.eval()
+            torch.rand(1)
+            if dist.get_rank() in failing:
+                raise BodyError("the body's own")
+
+    text = error_of(body)
+    changed = differences(everything(model, refs), before)
+    feed(averager, model, [3])
+    found = averager.full_state_dict("swa", all_ranks=True)
+    inner.eval()
+    with averager.applied("swa"):
+        is_well = same(outputs(model), outputs_with(cls, found))
+    live = outputs_with(cls, weights_at(model, 3))
+    return text, changed, is_well and same(outputs(model), live)
+
+
+@pytest.mark.parametrize("failing", [[0, 1, 2], [1]], ids=["all", "one"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_body_that_raises_leaves_no_trace(layout: str, failing: list[int]) -> None:
+    for rank, (text, changed, is_well) in enumerate(run_ranks(fail_inside, 3, layout, failing)):
+        assert changed == []
+        assert is_well
+        if rank in failing:
+            assert text == "BodyError: the body's own"
+        else:
+            assert text.startswith("RankError: applied('swa'): rank 1 raised an exception inside")
+
+
+@contextmanager
+def raising_in_forward(module: nn.Module) -> Iterator[None]:
+    def hook(*_: object) -> None:
+        raise BodyError("in the middle of a forward")
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def fail_in_forward(layout: str, where: str) -> tuple[str, list[str], bool, bool]:
+    """As above, from within the model's forward, while FSDP2 is in the middle of its own."""
+    cls = model_class(layout)
+    model, averager = trained(layout, cls)
+    inner: Any = unwrapped(model)
+    if where == "norm" and layout.startswith("fsdp2"):
+        inner.module.set_modules_to_forward_prefetch([inner.block])  # gathered, and never used
+    refs = storages(model)
+    model.eval()
+    before = everything(model, refs)
+
+    def body() -> None:
+        with averager.applied("ema"), raising_in_forward(inner.get_submodule(where)):
+            outputs(model)
+
+    text = error_of(body)
+    changed = differences(everything(model, refs), before)
+    is_right = same(outputs(model), outputs_with(cls, weights_at(model, 2)))
+    with averager.applied("ema"):
+        average = outputs_with(cls, torch_average(cls, "ema", range(3)))
+        is_right_inside = same(outputs(model), average)
+    return text, changed, is_right, is_right_inside
+
+
+@pytest.mark.parametrize("where", ["head", "norm"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_forward_that_raises_leaves_no_stale_weights(layout: str, where: str) -> None:
+    expected = ("BodyError: in the middle of a forward", [], True, True)
+    assert run_ranks(fail_in_forward, 2, layout, where) == [expected] * 2
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_an_interrupted_body_leaves_no_trace(error: type[BaseException]) -> None:
+    model, averager = trained("plain", Awkward)
+    refs = storages(model)
+    before = everything(model, refs)
+    with pytest.raises(error), averager.applied("ema"):
+        raise error
+    assert differences(everything(model, refs), before) == []
+    averager.step()
+
+
+def write_inside(layout: str, writing: list[int]) -> tuple[str, list[str], list[str]]:
+    """What this rank raised, what changed at once, and what the live weights are for good."""
+    model, averager = trained(layout, model_class(layout))
+    refs = storages(model)
+    before = everything(model, refs)
+
+    def body() -> None:
+        with averager.applied("swa"):
+            outputs(model)
+            if dist.get_rank() in writing:
+                refs["module.weight"].add_(1.0)
+
+    text = error_of(body)
+    changed = differences(everything(model, refs), before)
+    feed(averager, model, [2])
+    return text, changed, differences(everything(model, refs), before)
+
+
+@pytest.mark.parametrize("writing", [[0, 1], [1]], ids=["all", "one"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_writing_to_weights_inside_is_found_and_undone(layout: str, writing: list[int]) -> None:
+    for rank, (text, changed, later) in enumerate(run_ranks(write_inside, 2, layout, writing)):
+        assert changed == []
+        assert later == []
+        if rank in writing:
+            assert text.startswith("StateError: module.weight was written to inside applied('swa')")
+        else:
+            assert text.startswith("RankError: applied('swa'): rank 1 wrote to weights inside")
+
+
+# ---------------------------------------------------------------- entering that fails
+
+
+def fail_to_enter(layout: str, error: type[BaseException]) -> tuple[str, list[str], bool, bool]:
+    cls = model_class(layout)
+    model, averager = trained(layout, cls)
+    refs = storages(model)
+    before = everything(model, refs)
+    calls = []
+
+    def exchange(a: Tensor, b: Tensor) -> None:
+        calls.append(a)
+        if len(calls) == 2:
+            raise error("no memory left")
+        distavg.foreach.exchange_(a, b)
+
+    entered = []
+
+    def body() -> None:
+        with averager.applied("ema"):
+            entered.append(True)
+
+    text = ""
+    if dist.get_rank() == 1:
+        with mock.patch.object(swap, "exchange_", exchange):
+            text = error_of(body)
+    else:
+        text = error_of(body)
+    changed = differences(everything(model, refs), before)
+    found = averager.full_state_dict("ema", all_ranks=True)
+    expected = torch_average(cls, "ema", range(3))
+    weights = weights_at(model, 0)
+    is_kept = differences({n: found[n] for n in weights}, {n: expected[n] for n in weights}) == []
+    model.eval()
+    with averager.applied("ema"):
+        is_well = same(outputs(model), outputs_with(cls, expected))
+    return text, changed, is_kept and is_well, bool(entered)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_entering_that_fails_halfway_on_one_rank_is_undone_on_all(layout: str) -> None:
+    found = run_ranks(fail_to_enter, 3, layout, MemoryError)
+    assert [rest for _, *rest in found] == [[[], True, False]] * 3
+    assert found[1][0] == "MemoryError: no memory left"
+    for text in (found[0][0], found[2][0]):
+        assert text == "RankError: applied('ema') failed. rank 1: MemoryError: no memory left"
+
+
+def test_an_interrupt_while_entering_is_undone() -> None:
+    model, averager = trained("plain", Awkward)
+    refs = storages(model)
+    before = everything(model, refs)
+    average = averager.full_state_dict("ema")
+    calls = []
+
+    def exchange(a: Tensor, b: Tensor) -> None:
+        calls.append(a)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        distavg.foreach.exchange_(a, b)
+
+    with (
+        mock.patch.object(swap, "exchange_", exchange),
+        pytest.raises(KeyboardInterrupt),
+        averager.applied("ema"),
+    ):
+        pytest.fail("the body must not run")
+    assert differences(everything(model, refs), before) == []
+    assert differences(averager.full_state_dict("ema"), average) == []
+
+
+def enter_with_differing_replicas() -> tuple[str, list[str]]:
+    model, averager = trained("ddp", Awkward)
+    with torch.no_grad():
+        if dist.get_rank() == 1:
+            unwrapped(model).get_parameter("scalar").add_(1.0)
+    refs = storages(model)
+    before = everything(model, refs)
+
+    def body() -> None:
+        with averager.applied("ema"):
+            raise BodyError("must not run")
+
+    return error_of(body), differences(everything(model, refs), before)
+
+
+def test_replicas_that_differ_are_found_before_they_are_overwritten() -> None:
+    for text, changed in run_ranks(enter_with_differing_replicas, 3):
+        assert text.startswith(
+            "ReplicaMismatch: applied('ema'): scalar on ranks [1] differs from rank 0's"
+        )
+        assert changed == []
+
+
+# ---------------------------------------------------------------- calls inside
+
+
+def errors_inside(layout: str, folder: Path) -> tuple[dict[str, str], list[str], int]:
+    model, averager = trained(layout, model_class(layout))
+    refs = storages(model)
+    before = everything(model, refs)
+    averager.save(folder / "checkpoint")
+    copied = averager.state_dict()
+    steps = averager.step_count
+
+    def nested(name: str) -> None:
+        with averager.applied(name):
+            raise BodyError("must not run")
+
+    calls: dict[str, Callable[[], object]] = {
+        "step()": averager.step,
+        "update()": lambda: averager.update("ema"),
+        "applied()": lambda: nested("swa"),
+        "copy_to()": lambda: averager.copy_to(None, "swa"),
+        "load()": lambda: averager.load(folder / "checkpoint"),
+        "load_state_dict()": lambda: averager.load_state_dict(copied),
+        "save(also=...)": lambda: averager.save(folder / "other", also=lambda path: None),
+        "metrics(distance=True)": lambda: averager.metrics(distance=True),
+    }
+    with averager.applied("ema"):
+        errors = {name: error_of(call) for name, call in calls.items()}
+        errors["applied() again"] = error_of(nested, "ema")
+    return errors, differences(everything(model, refs), before), averager.step_count - steps
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_would_mix_up_the_roles_is_an_error_inside(layout: str, tmp_path: Path) -> None:
+    for errors, changed, steps in run_ranks(errors_inside, 2, layout, tmp_path):
+        assert changed == []
+        assert steps == 0
+        for name, text in errors.items():
+            call = name.removesuffix(" again")
+            assert text.startswith(f"StateError: {call} inside applied('ema')"), name
+
+
+def roles_inside(layout: str, folder: Path) -> list[str]:
+    """What save, state_dict and the whole tensors, taken inside, hold that is not the average."""
+    cls = model_class(layout)
+    _, averager = trained(layout, cls)
+    wrong = []
+    expected = {name: torch_average(cls, name, range(3)) for name in averager.names}
+    weights = weights_at(build("plain", cls), 0)
+    with averager.applied("ema"):
+        averager.save(folder / "inside")
+        whole = {name: averager.full_state_dict(name, all_ranks=True) for name in averager.names}
+        state = averager.state_dict()
+        inside = {name: cloned(tensors_of(state, name)) for name in averager.names}
+    outside = averager.state_dict()
+    for name in averager.names:
+        wrong += differences(inside[name], tensors_of(outside, name))
+    _, other = trained(layout, cls, steps=[9])
+    other.load(folder / "inside")
+    for name, tensors in expected.items():
+        for found in (whole[name], other.full_state_dict(name, all_ranks=True)):
+            wrong += differences({n: found[n] for n in weights}, {n: tensors[n] for n in weights})
+    return wrong
+
+
+def tensors_of(state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+    """The plain tensors of an average's state on this rank."""
+    plain: dict[str, Tensor] = {}
+    for fqn, tensor in state["averages"][name]["tensors"].items():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        pieces = local.local_shards() if hasattr(local, "local_shards") else [local]
+        plain |= {f"{fqn} {index}": piece for index, piece in enumerate(pieces)}
+    return plain
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_save_and_state_dict_inside_give_true_roles(layout: str, tmp_path: Path) -> None:
+    assert run_ranks(roles_inside, 2, layout, tmp_path) == [[], []]
+
+
+# ---------------------------------------------------------------- held buffers, early reads
+
+
+def held_buffers(layout: str, buffers: str) -> tuple[bool, list[str], list[str]]:
+    """BatchNorm with statistics of its own: right inside, and both kept after a training body."""
+    cls = model_class(layout)
+    model = build(layout, cls)
+    averager = distavg.Averager(model, distavg.EMA(0.5), buffers=buffers)
+    for step in range(2):
+        set_weights(model, weights_at(model, step, buffers=True))
+        averager.step()
+    set_weights(model, weights_at(model, 5, buffers=True))
+    refs = storages(model)
+    before = everything(model, refs)
+    average = averager.full_state_dict(all_ranks=True)
+    with averager.applied():
+        outputs(model)
+        model.eval()
+    with averager.applied():
+        model.eval()
+        is_right = same(outputs(model), outputs_with(cls, average))
+    after = averager.full_state_dict(all_ranks=True)
+    return is_right, differences(after, average), differences(everything(model, refs), before)
+
+
+@pytest.mark.parametrize("buffers", ["copied", "averaged"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_held_buffers_are_swapped_and_kept(layout: str, buffers: str) -> None:
+    assert run_ranks(held_buffers, 2, layout, buffers) == [(True, [], [])] * 2
+
+
+def test_before_the_first_update_nothing_is_swapped_and_one_warning_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = Awkward()
+    averager = distavg.Averager(model, distavg.EMA(0.9))
+    before = everything(model, storages(model))
+    versions = [p._version for p in model.parameters()]
+    for _ in range(2):
+        with averager.applied():
+            assert differences(everything(model, storages(model)), before) == []
+    assert [p._version for p in model.parameters()] == versions
+    (record,) = caplog.records
+    assert "average 'ema' has had no update yet" in record.getMessage()
+
+
+# ---------------------------------------------------------------- ranks that are lost
+
+
+def leave_with_the_lost(layout: str, how: str) -> tuple[str, float, list[str], str, str]:
+    """Rank 1 goes missing inside `applied()`; what the others raise, what changed, what then."""
+    model, averager = trained(layout, model_class(layout), timeout=SHORT)
+    refs = storages(model)
+    before = everything(model, refs)
+
+    def body() -> None:
+        with averager.applied("swa"):
+            if dist.get_rank() == 1:
+                if how == "dies":
+                    os._exit(1)
+                time.sleep(SHORT.total_seconds() + 2)
+            elif how == "dies, and the body raises":
+                raise BodyError("the body's own")
+
+    text, seconds = timed_error_of(body)
+    changed = differences(everything(model, refs), before)
+    return text, seconds, changed, error_of(averager.step), error_of(averager.save, "/nonexistent")
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+def test_the_others_end_soon_when_a_rank_dies_inside(layout: str) -> None:
+    found = run_ranks(leave_with_the_lost, 3, layout, "dies", expect_death=[1])
+    for rank in (0, 2):
+        text, seconds, changed, step, save = found[rank]
+        assert text.startswith("RankError: applied('swa'): lost contact with another rank")
+        assert seconds < SHORT.total_seconds() + 1
+        if layout == "ddp":
+            assert step.startswith("StateError: applied('swa') lost a rank before it could restore")
+            assert "live weights are not restored" in step
+            assert save == step
+        else:  # nobody else has this rank's live weights: they are back
+            assert changed == []
+            assert step == "nothing"
+
+
+def test_a_rank_that_never_comes_ends_the_wait_after_the_timeout() -> None:
+    found = run_ranks(leave_with_the_lost, 2, "ddp", "sleeps")
+    text, seconds, _, step, _ = found[0]
+    assert text.startswith("RankError: applied('swa'): lost contact with another rank")
+    assert SHORT.total_seconds() - 0.5 < seconds < SHORT.total_seconds() + 2
+    assert "live weights are not restored" in step
+
+
+def raise_with_the_dead() -> tuple[str, str]:
+    _, averager = trained("ddp", Awkward, timeout=SHORT)
+
+    def body() -> None:
+        with averager.applied("swa"):
+            if dist.get_rank() == 1:
+                os._exit(1)
+            raise BodyError("the body's own")
+
+    return error_of(body), error_of(averager.step)
+
+
+def test_the_bodys_own_exception_goes_first_when_a_peer_is_lost() -> None:
+    text, step = run_ranks(raise_with_the_dead, 2, expect_death=[1])[0]
+    assert text == "BodyError: the body's own"
+    assert "live weights are not restored" in step
+
+
+def wait_for_the_dead(call: str, folder: Path) -> tuple[str, float]:
+    _, averager = trained("fsdp2", Uneven, timeout=SHORT)
+    if dist.get_rank() == 1:
+        os._exit(1)
+
+    def enter() -> None:
+        with averager.applied("ema"):
+            raise BodyError("must not run")
+
+    calls: dict[str, Callable[[], object]] = {
+        "save": lambda: averager.save(folder / "checkpoint"),
+        "full_state_dict": lambda: averager.full_state_dict("ema"),
+        "applied": enter,
+    }
+    return timed_error_of(calls[call])
+
+
+@pytest.mark.parametrize("call", ["save", "full_state_dict", "applied"])
+def test_nobody_waits_long_for_a_dead_rank(call: str, tmp_path: Path) -> None:
+    found = run_ranks(wait_for_the_dead, 3, call, tmp_path, expect_death=[1])
+    for rank in (0, 2):
+        text, seconds = found[rank]
+        assert text.startswith("RankError: ")
+        assert "lost contact with another rank" in text
+        assert seconds < SHORT.total_seconds() + 1
+    assert distavg.latest(tmp_path) is None
+
+
+def test_the_seed_of_other_generators_is_not_ours() -> None:
+    """Python's own generator is not PyTorch's: `applied` neither draws from it nor resets it."""
+    _, averager = trained("plain", Awkward)
+    state = random.getstate()
+    with averager.applied("ema"):
+        pass
+    assert random.getstate() == state
