@@ -27,6 +27,7 @@ class Average:
         num_updates: Updates made so far.
         is_applied: Whether it is in place of the live weights at present.
         was_read_early: Whether `applied()` was entered before the first update.
+        damaged: Why its values are not what they should be; None as long as they are.
         dtypes: The dtype of every tensor of the average, by canonical name.
 
     Args:
@@ -51,6 +52,7 @@ class Average:
         self.num_updates = 0
         self.is_applied = False
         self.was_read_early = False
+        self.damaged: str | None = None
         self.live: Sequence[Shard] = model_shards.owned
         self.dtypes = {
             tensor.fqn: _average_dtype(tensor.local.dtype, dtype)

@@ -22,7 +22,7 @@ from distavg.checkpoint.load import plan_load
 from distavg.checkpoint.save import Also, SaveHandle, SaveRequest, call_also, save
 from distavg.comm import Comm
 from distavg.errors import CheckpointMismatch, ConfigError, StateError, UnsupportedError
-from distavg.gather import check_same_tensors, copy_into, iter_whole_tensors, squared_distance
+from distavg.gather import copy_into, iter_whole_tensors, squared_distance
 from distavg.hooks import OptimizerHooks
 from distavg.rules import Rule
 from distavg.schedule import Clock, Position, Schedule
@@ -94,7 +94,8 @@ class Averager:
         buffers: str = "live",
         timeout: timedelta | None = None,
     ) -> None:
-        named_rules = {rules.kind: rules} if isinstance(rules, Rule) else dict(rules)
+        if isinstance(rules, Rule):
+            rules = {rules.kind: rules}
         self._comm = Comm(process_group, timeout)
         self._clock = clock or Clock()
         self._position = Position()
@@ -102,8 +103,8 @@ class Averager:
         self._broken: str | None = None
         self._hooks = OptimizerHooks(self.step)
         with self._comm.together("building an Averager"):
-            _check_arguments(named_rules, dtype=dtype, device=device, buffers=buffers)
-            schedules = [Schedule(n, rule, self._clock) for n, rule in named_rules.items()]
+            _check_arguments(rules, dtype=dtype, device=device, buffers=buffers)
+            schedules = [Schedule(name, rule, self._clock) for name, rule in rules.items()]
             self._shards = ModelShards(
                 model,
                 self._comm,
@@ -113,6 +114,11 @@ class Averager:
                 exclude=exclude,
                 hold_buffers=buffers != "live",
             )
+            if not any(tensor.is_held for tensor in self._shards.tensors):
+                raise ConfigError(
+                    "Averager: the model has no trainable floating parameter to average "
+                    "(frozen ones are left alone; see include and exclude)"
+                )
             self._averages = {
                 schedule.name: Average(
                     schedule,
@@ -246,9 +252,8 @@ class Averager:
             make_permanent(average, self._shards)
         else:
             self._check_usable()
-            with self._comm.together("copy_to()"):
-                target = ModelShards(module, self._comm, shard_replicas=False)
-                check_same_tensors(self._shards, target)
+            self._shards.check_current()
+            target = ModelShards(module, self._comm, shard_replicas=False)
             copy_into(average, self._shards, target, self._comm)
 
     def full_state_dict(
@@ -267,14 +272,22 @@ class Averager:
     ) -> Iterator[tuple[str, Tensor | None]]:
         """The same one tensor at a time, so that no rank holds a whole model. Collective.
 
-        Every rank must run the iterator to its end.
+        Every rank must run the iterator to its end, all of it inside or outside `applied()`.
 
         Yields:
             Canonical name, and the tensor on rank 0 (with `all_ranks` on all), None elsewhere.
         """
-        average = self._named(name)
+        return self._iter_full_tensors(self._named(name), all_ranks=all_ranks)
+
+    def _iter_full_tensors(
+        self, average: Average, *, all_ranks: bool
+    ) -> Iterator[tuple[str, Tensor | None]]:
         self._check_usable()
-        return iter_whole_tensors(average.shards(), self._shards, self._comm, all_ranks=all_ranks)
+        with self._comm.together(f"gathering the average {average.name!r}"):
+            self._shards.check_current()
+        yield from iter_whole_tensors(
+            average.shards(), self._shards, self._comm, all_ranks=all_ranks
+        )
 
     def recalibrate_batchnorm(
         self, batches: object, name: str | None = None, **options: object
@@ -407,6 +420,7 @@ class Averager:
             source = plan.sources.get(average.name)
             average.num_updates = source.num_updates if source is not None else 0
             average.schedule = schedules.get(average.name, average.schedule)
+            average.damaged = None
         self._position = Position(plan.manifest.steps, plan.manifest.epochs)
         self._id = plan.manifest.averager_id
         self._broken = None
@@ -468,7 +482,8 @@ class Averager:
         return next((a.name for a in self._averages.values() if a.is_applied), None)
 
     def _check_usable(self) -> None:
-        if problem := self._broken or self._shards.lost:
+        damages = (average.damaged for average in self._averages.values())
+        if problem := next(filter(None, (self._broken, self._shards.lost, *damages)), None):
             raise StateError(problem)
 
     def _check_idle(self, call: str) -> None:
@@ -483,8 +498,8 @@ class Averager:
 def _check_arguments(
     rules: Mapping[str, Rule], *, dtype: object, device: object, buffers: str
 ) -> None:
-    if not rules:
-        raise ConfigError("Averager: give at least one rule")
+    if not isinstance(rules, Mapping) or not rules:
+        raise ConfigError(f"Averager: {rules!r} is not a rule, nor a mapping of names to rules")
     for name, rule in rules.items():
         if not isinstance(rule, Rule):
             raise ConfigError(f"average {name!r}: {rule!r} is not a rule such as EMA() or SWA()")

@@ -15,7 +15,7 @@ from distavg.foreach import chunks
 from distavg.layout import Box
 from distavg.shards import ModelShards, Shard
 
-__all__ = ["check_same_tensors", "copy_into", "iter_whole_tensors", "squared_distance"]
+__all__ = ["copy_into", "iter_whole_tensors", "squared_distance"]
 
 _DISTANCE_CHUNK = 2**20  # elements; two fp64 temporaries of 8 MiB
 
@@ -90,7 +90,35 @@ def _spread(whole: Tensor | None, shape: tuple[int, ...], comm: Comm, fqn: str) 
     return whole
 
 
-def check_same_tensors(source: ModelShards, target: ModelShards) -> None:
+@torch.no_grad()
+def copy_into(average: Average, source: ModelShards, target: ModelShards, comm: Comm) -> None:
+    """Copy an average, and the tensors that it does not hold, into another module. Collective.
+
+    Nothing is communicated where each rank has what its part of the target needs: on one
+    process, between equal FSDP2 layouts, from whole copies to whole copies. Otherwise all ranks
+    vote whether the modules fit, and whole tensors travel, one at a time, to every rank.
+
+    Raises:
+        ModelMismatch: The modules' tensors differ in name or shape.
+    """
+    ours, theirs = source.by_name, target.by_name
+    is_local = ours.keys() == theirs.keys() and all(
+        tensor.layout == theirs[fqn].layout and not tensor.is_divided
+        for fqn, tensor in ours.items()
+    )
+    if is_local:
+        kept = [tensor.part(tensor.box) for tensor in source.tensors if not tensor.is_held]
+        for shard in [*average.shards(), *kept]:
+            theirs[shard.fqn].part(shard.box).tensor.copy_(shard.tensor)
+        return
+    with comm.together("copy_to()"):
+        _check_same_tensors(source, target)
+    for fqn, whole in iter_whole_tensors(average.shards(), source, comm, all_ranks=True):
+        if whole is not None and fqn in theirs:
+            theirs[fqn].local.copy_(whole[theirs[fqn].box.slices()])
+
+
+def _check_same_tensors(source: ModelShards, target: ModelShards) -> None:
     """Whether an average of one model may be copied into another. Not collective.
 
     Raises:
@@ -105,29 +133,6 @@ def check_same_tensors(source: ModelShards, target: ModelShards) -> None:
                 f"copy_to: {fqn} has shape {tensor.global_shape} in the averaged model and "
                 f"{target.by_name[fqn].global_shape} in the target"
             )
-
-
-@torch.no_grad()
-def copy_into(average: Average, source: ModelShards, target: ModelShards, comm: Comm) -> None:
-    """Copy an average, and the tensors that it does not hold, into another module. Collective.
-
-    Nothing is communicated where each rank has what its part of the target needs: on one
-    process, between equal FSDP2 layouts, between whole copies. Otherwise whole tensors travel,
-    one at a time, to every rank.
-
-    The two must have passed `check_same_tensors` on every rank.
-    """
-    pairs = [(tensor, target.by_name[fqn]) for fqn, tensor in source.by_name.items()]
-    if all(ours.layout == theirs.layout and not ours.is_divided for ours, theirs in pairs):
-        held = average.shards()
-        kept = [ours.part(ours.box) for ours, _ in pairs if not ours.is_held]
-        for shard in [*held, *kept]:
-            target.by_name[shard.fqn].part(shard.box).tensor.copy_(shard.tensor)
-        return
-    for fqn, whole in iter_whole_tensors(average.shards(), source, comm, all_ranks=True):
-        if whole is not None and fqn in target.by_name:
-            theirs = target.by_name[fqn]
-            theirs.local.copy_(whole[theirs.box.slices()])
 
 
 @torch.no_grad()

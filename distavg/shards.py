@@ -15,7 +15,7 @@ themselves, so that every element is owned by exactly one rank.
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -144,12 +144,18 @@ class ModelShards:
             )
         self.reshard()
         named = named_tensors(model)
-        selected = _select(named, include, exclude)
+        admitted = _admitted(named, include, exclude)
+        self._frozen = {
+            each.fqn
+            for each in named
+            if each.fqn in admitted and not (each.is_buffer or _is_trainable(each.tensor))
+        }
         self._groups: dict[tuple[int, ...], ReplicaGroup] = {}
         self.tensors = [
             self._locate(
                 each,
-                is_held=each.fqn in selected and (hold_buffers or not each.is_buffer),
+                is_held=each.fqn in admitted - self._frozen
+                and (hold_buffers or not each.is_buffer),
                 replicas=replicas,
             )
             for each in named
@@ -251,10 +257,12 @@ class ModelShards:
         return self._comm.rank == 0 or not self.by_name[fqn].is_copied
 
     def check_current(self) -> None:
-        """Find parameters that were replaced since, whose old memory would be averaged.
+        """Find tensors that were replaced since, whose old memory would be averaged.
+
+        Tensors that are not held are followed: a forward may rebind a buffer.
 
         Raises:
-            ModelMismatch: A tensor was added, removed, or moved to other storage.
+            ModelMismatch: A tensor was added or removed, moved to other storage, or unfrozen.
         """
         self.reshard()
         now = {each.fqn: each for each in named_tensors(self.model)}
@@ -263,13 +271,23 @@ class ModelShards:
             raise ModelMismatch(
                 f"{name} was {change} the model after its Averager was built: build a new one"
             )
-        for name, tensor in self.by_name.items():
-            local = _local_storage(now[name].tensor)
-            if local.numel() and local.data_ptr() != tensor.local.data_ptr():
+        for i, tensor in enumerate(self.tensors):
+            current = now[tensor.fqn]
+            if tensor.fqn in self._frozen and current.tensor.requires_grad:
                 raise ModelMismatch(
-                    f"{name} has other storage than when the Averager was built (model.to(), or "
-                    "load_state_dict(assign=True)?): build a new Averager after such a change"
+                    f"{tensor.fqn} was frozen when the Averager was built, and is trainable now: "
+                    "it is not averaged. Build a new Averager"
                 )
+            local = _local_storage(current.tensor)
+            if not local.numel() or local.data_ptr() == tensor.local.data_ptr():
+                continue
+            if tensor.is_held or local.shape != tensor.local.shape:
+                raise ModelMismatch(
+                    f"{tensor.fqn} has other storage than when the Averager was built "
+                    "(model.to(), or load_state_dict(assign=True)?): build a new Averager after "
+                    "such a change"
+                )
+            self.tensors[i] = self.by_name[tensor.fqn] = replace(tensor, named=current, local=local)
 
     def check_replicas(self, doing: str) -> None:
         """Compare the live replicas over the ranks. Collective.
@@ -305,7 +323,7 @@ def check_equal(
         for fqn, (ranks, tensor) in replicas.items()
     ]
     seen: dict[tuple[str, tuple[int, ...]], dict[int, object]] = {}
-    for rank, theirs in enumerate(comm.gather(mine, doing)):
+    for rank, theirs in zip(comm.ranks, comm.gather(mine, doing), strict=True):
         for fqn, ranks, value in theirs:
             seen.setdefault((fqn, ranks), {})[rank] = value
     for (fqn, ranks), values in seen.items():
@@ -324,10 +342,10 @@ def check_equal(
             )
 
 
-def _select(
+def _admitted(
     named: Sequence[NamedTensor], include: Sequence[str] | None, exclude: Sequence[str] | None
 ) -> set[str]:
-    """The names of trainable floating parameters, and of buffers, that the patterns admit."""
+    """The names that the patterns admit."""
     for option, patterns in (("include", include), ("exclude", exclude)):
         if isinstance(patterns, str):
             raise ConfigError(f"{option}={patterns!r}: give a list of patterns, not a string")
@@ -337,9 +355,7 @@ def _select(
     return {
         each.fqn
         for each in named
-        if (each.is_buffer or _is_trainable(each.tensor))
-        and (include is None or _matches(each, include))
-        and not _matches(each, exclude or ())
+        if (include is None or _matches(each, include)) and not _matches(each, exclude or ())
     }
 
 

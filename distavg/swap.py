@@ -18,14 +18,19 @@ from distavg.average import Average, is_exchanged
 from distavg.comm import Comm
 from distavg.errors import DistavgError, RankError, StateError
 from distavg.foreach import exchange_
-from distavg.shards import ModelShards
+from distavg.shards import LiveTensor, ModelShards
 
 __all__ = ["applied", "make_permanent"]
 
 logger = logging.getLogger("distavg")
 
-# What a rank announces when it leaves the body of `applied()`.
+# What a rank announces when it leaves the body of `applied()`: the sum of what happened.
 _WELL, _RAISED, _WROTE = 0, 1, 2
+_HAPPENED = {
+    _RAISED: "raised an exception",
+    _WROTE: "wrote to weights",
+    _RAISED | _WROTE: "wrote to weights and raised an exception",
+}
 
 
 @contextmanager
@@ -69,7 +74,7 @@ class _Swap:
         ]
         self._kept: dict[int, Tensor] = {}  # live values whose average has another dtype
         self._num_swapped = 0
-        self._versions: list[tuple[str, Tensor, int]] = []
+        self._versions: list[tuple[LiveTensor, Tensor, int]] = []
 
     def enter(self) -> None:
         """Put the average in place; on a failure of any rank put the live weights back on all."""
@@ -97,7 +102,7 @@ class _Swap:
             raise
         self._average.is_applied = True
         self._versions = [
-            (tensor.fqn, each, each._version)
+            (tensor, each, each._version)
             for tensor in self._shards.tensors
             if not tensor.named.is_buffer
             for each in (tensor.named.tensor, tensor.local)
@@ -106,17 +111,13 @@ class _Swap:
     def leave(self, code: int) -> None:
         """Put the live weights back, whatever happened; raise unless the body did."""
         self._shards.reshard()
-        written = next((fqn for fqn, tensor, v in self._versions if tensor._version != v), None)
+        written = [tensor for tensor, each, version in self._versions if each._version != version]
         self._put_live()
         self._average.is_applied = False
         error: DistavgError | None = None
-        if written is not None and code == _WELL:
-            code = _WROTE
-            error = StateError(
-                f"{written} was written to inside {self._doing}; the live weights are restored as "
-                "they were before, and what was written is lost. Train outside of it, or make the "
-                "average permanent with copy_to()"
-            )
+        if written:
+            code |= _WROTE
+            error = self._mark_written(written[0])
         try:
             others = self._comm.announce(code, self._doing)
             _share_pieces(self._shards, self._doing)
@@ -126,14 +127,31 @@ class _Swap:
             error = error or lost
             others = {}
         if others:
-            what = {_RAISED: "raised an exception", _WROTE: "wrote to weights"}
-            causes = ", ".join(f"rank {rank} {what[c]}" for rank, c in others.items())
+            causes = ", ".join(f"rank {rank} {_HAPPENED[c]}" for rank, c in others.items())
             error = RankError(
                 f"{self._doing}: {causes} inside the body; see its own output. The live weights "
                 "are back in place on this rank"
             )
-        if error is not None and code != _RAISED:
+            if any(c & _WROTE for c in others.values()):
+                self._average.damaged = str(error)
+        if error is not None and not code & _RAISED:
             raise error
+
+    def _mark_written(self, tensor: LiveTensor) -> StateError:
+        """Say what became of values that the body wrote to a weight."""
+        text = f"{tensor.fqn} was written to inside {self._doing}, where the average lies. "
+        if not tensor.is_held:
+            text += "It is not averaged, so it stays as it was written"
+        elif self._average.dtypes[tensor.fqn] != tensor.local.dtype:
+            text += "The live weights are restored, and what was written is lost"
+        else:
+            text += (
+                "The live weights are restored, and what was written is now in the average: load "
+                "a checkpoint, or build a new Averager"
+            )
+            self._average.damaged = text
+        logger.error(text)  # the body's own exception, if there is one, hides the StateError
+        return StateError(text)
 
     def _mark_lost(self, cause: BaseException) -> None:
         self._shards.lost = (
@@ -168,7 +186,11 @@ def make_permanent(average: Average, model_shards: ModelShards) -> None:
     """Copy an average over the live weights. Collective where replicas divide it."""
     for live, shard in zip(average.live, average.shards(), strict=True):
         live.tensor.copy_(shard.tensor)
-    _share_pieces(model_shards, "copy_to()")
+    try:
+        _share_pieces(model_shards, "copy_to()")
+    except RankError as error:
+        model_shards.lost = f"the live weights are a mixture on this rank: {error}"
+        raise
 
 
 def _share_pieces(model_shards: ModelShards, doing: str) -> None:

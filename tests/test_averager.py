@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,7 +30,16 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import distavg
-from distavg import EMA, SWA, Averager, Clock, ConfigError, StateError, UnsupportedError
+from distavg import (
+    EMA,
+    SWA,
+    Averager,
+    Clock,
+    ConfigError,
+    ModelMismatch,
+    StateError,
+    UnsupportedError,
+)
 
 CASES = world_sizes(
     {"plain": [1, 2], "ddp": [1, 2, 3, 4], "fsdp2": [1, 2, 3, 4], "fsdp2-keep": [2, 3]}
@@ -282,7 +292,7 @@ def test_names_that_are_unknown_or_ambiguous() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rules": {}}, "give at least one rule"),
+        ({"rules": {}}, "is not a rule, nor a mapping"),
         ({"rules": {"a b": EMA()}}, "a name is letters, digits"),
         ({"rules": {"../up": EMA()}}, "a name is letters, digits"),
         ({"rules": {"ema": 0.9}}, "0.9 is not a rule such as EMA"),
@@ -502,3 +512,59 @@ def test_storage_that_was_replaced_is_found() -> None:
 def test_errors_are_of_the_documented_kinds() -> None:
     assert issubclass(StateError, RuntimeError)
     assert issubclass(ConfigError, ValueError)
+
+
+def test_a_model_with_nothing_to_average_is_refused() -> None:
+    model = nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(ConfigError, match="no trainable floating parameter"):
+        Averager(model, EMA())
+
+
+def test_a_parameter_that_is_unfrozen_later_is_found_and_not_ignored(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
+    averager = Averager(model, EMA())
+    averager.step()
+    with averager.applied():
+        pass
+    model[1].weight.requires_grad_(True)
+    with pytest.raises(ModelMismatch, match=r"1\.weight was frozen .* is trainable now"):
+        averager.save(tmp_path / "never")
+
+
+class Counting(nn.Module):
+    """Its forward rebinds a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        return self.linear(x)
+
+
+def test_a_live_buffer_that_a_forward_rebinds_is_followed() -> None:
+    model = Counting()
+    averager = Averager(model, EMA())
+    model(torch.ones(2))
+    averager.step()
+    with averager.applied():
+        model(torch.ones(2))
+    assert model.calls.item() == 1
+    model(torch.ones(2))
+    assert averager.full_state_dict()["calls"].item() == 2
+
+
+def test_an_iterator_made_outside_and_run_inside_applied_gives_the_average() -> None:
+    model = nn.Linear(2, 2)
+    averager = Averager(model, EMA(0.5))
+    averager.step()
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    averager.step()
+    expected = averager.full_state_dict()
+    tensors = averager.iter_full_tensors()
+    with averager.applied():
+        found = dict(tensors)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

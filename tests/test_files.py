@@ -169,6 +169,11 @@ def test_one_box_of_a_tensor_in_a_file(tmp_path: Path) -> None:
     ]
     found = torch.full_like(tensor, -1)
     for file in written:
+        with safe_open(tmp_path / file.name, "pt") as opened:
+            sharding = json.loads(opened.metadata()["DCP_SHARDING_INFO"])
+        for box in file.boxes:
+            assert sharding[box.fqn]["saved_offsets"] == list(box.box.offsets)
+            assert sharding[box.fqn]["global_shape"] == ([2] if box.fqn == "b" else [3, 5, 4])
         for box in file.boxes:
             if box.fqn == "a":
                 part = read(tmp_path, file, dict.fromkeys("abc", torch.float32))["a"]

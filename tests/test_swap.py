@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import distavg
-from distavg import swap
+from distavg import StateError, swap
 
 CASES = world_sizes(
     {"plain": [1, 2], "ddp": [1, 2, 3, 4], "fsdp2": [1, 2, 3, 4], "fsdp2-keep": [2, 3]}
@@ -312,9 +312,11 @@ def test_an_interrupted_body_leaves_no_trace(error: type[BaseException]) -> None
     averager.step()
 
 
-def write_inside(layout: str, writing: list[int]) -> tuple[str, list[str], list[str]]:
-    """What this rank raised, what changed at once, and what the live weights are for good."""
+def write_inside(layout: str, writing: list[int], path: str) -> tuple[str, list[str], str, bool]:
+    """What this rank raised, what changed, what `step` raises then, and whether a load mends it."""
     model, averager = trained(layout, model_class(layout))
+    averager.save(path)
+    saved = averager.full_state_dict("swa", all_ranks=True)
     refs = storages(model)
     before = everything(model, refs)
 
@@ -326,20 +328,58 @@ def write_inside(layout: str, writing: list[int]) -> tuple[str, list[str], list[
 
     text = error_of(body)
     changed = differences(everything(model, refs), before)
-    feed(averager, model, [2])
-    return text, changed, differences(everything(model, refs), before)
+    step = error_of(averager.step)
+    averager.load(path)
+    loaded = averager.full_state_dict("swa", all_ranks=True)
+    averager.step()
+    return text, changed, step, all(torch.equal(loaded[fqn], saved[fqn]) for fqn in saved)
 
 
 @pytest.mark.parametrize("writing", [[0, 1], [1]], ids=["all", "one"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_writing_to_weights_inside_is_found_and_undone(layout: str, writing: list[int]) -> None:
-    for rank, (text, changed, later) in enumerate(run_ranks(write_inside, 2, layout, writing)):
+def test_writing_to_weights_inside_is_found(
+    layout: str, writing: list[int], tmp_path: Path
+) -> None:
+    found = run_ranks(write_inside, 2, layout, writing, str(tmp_path / "before"))
+    for rank, (text, changed, step, is_mended) in enumerate(found):
         assert changed == []
-        assert later == []
+        assert is_mended
         if rank in writing:
             assert text.startswith("StateError: module.weight was written to inside applied('swa')")
+            assert "what was written is now in the average: load a checkpoint" in text
+            assert step == text
         else:
             assert text.startswith("RankError: applied('swa'): rank 1 wrote to weights inside")
+            assert step.startswith("StateError: applied('swa'): rank 1 wrote to weights inside")
+
+
+def test_what_becomes_of_writes_that_do_not_reach_the_average() -> None:
+    model, averager = trained("plain", Awkward, dtype=torch.bfloat16)
+    with (
+        pytest.raises(StateError, match="live weights are restored, and what was written is lost"),
+        averager.applied("ema"),
+        torch.no_grad(),
+    ):
+        model.module.weight.add_(1.0)
+    frozen = next(p for p in model.parameters() if not p.requires_grad)
+    with (
+        pytest.raises(StateError, match="It is not averaged, so it stays as it was written"),
+        averager.applied("ema"),
+        torch.no_grad(),
+    ):
+        frozen.add_(1.0)
+    averager.step()
+
+
+def test_the_hooks_error_of_a_step_inside_is_raised_and_the_damage_remembered() -> None:
+    model, averager = trained("plain", Awkward)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    averager.attach(optimizer)
+    backward(model, 0)
+    with pytest.raises(StateError, match=r"^step\(\) inside applied"), averager.applied("ema"):
+        optimizer.step()
+    with pytest.raises(StateError, match="what was written is now in the average"):
+        averager.step()
 
 
 # ---------------------------------------------------------------- entering that fails

@@ -234,7 +234,7 @@ def _check_copies(
     """Compare the averages that every rank holds whole, of which only rank 0's are saved."""
     for average in averages:
         copies = {
-            shard.fqn: (tuple(range(comm.size)), shard.tensor)
+            shard.fqn: (comm.ranks, shard.tensor)
             for shard in average.shards()
             if (tensor := model_shards.by_name[shard.fqn]).is_copied and not tensor.named.is_buffer
         }
