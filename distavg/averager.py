@@ -155,7 +155,9 @@ class Averager:
     def attach(self, *optimizers: Optimizer) -> RemovableHandle:
         """Call `step` after every step of these optimizers that changed the weights.
 
-        Steps that GradScaler skips do not count. Several optimizers, of one call or of several,
+        Steps that GradScaler skips do not count. (PyTorch's `get_state_dict` takes a step with a
+        learning rate of 0 on an optimizer that has no state yet, and that one counts: attach
+        afterwards, or load the averages last.) Several optimizers, of one call or of several,
         count as one step once each of them has stepped. Wrappers with an `.optimizer`, such as
         accelerate's, are seen through.
 

@@ -134,8 +134,11 @@ class ModelShards:
         self.lost: str | None = None
         self._comm = comm
         self._shard_replicas = shard_replicas
-        modules = [model] if isinstance(model, nn.Module) else list(model.values())
-        self.modules = list(dict.fromkeys(m for root in modules for m in root.modules()))
+        roots = list(model.values()) if isinstance(model, Mapping) else [model]
+        for root in roots:
+            if not isinstance(root, nn.Module):
+                raise ConfigError(f"Averager: a {type(root).__name__} is not a torch.nn.Module")
+        self.modules = list(dict.fromkeys(m for root in roots for m in root.modules()))
         self._fsdp_modules = [m for m in self.modules if isinstance(m, FSDPModule)]
         if any(isinstance(m, FullyShardedDataParallel) for m in self.modules):
             raise UnsupportedError(

@@ -186,7 +186,7 @@ def main() -> None:
     first_step = averager.step_count
     step_bytes = world_size * args.batch * args.context
     total = max(0, args.steps - first_step) * step_bytes
-    progress = tqdm(total=total, unit="tok", unit_scale=True, disable=rank != 0)
+    progress = tqdm(total=total, unit="tok", unit_scale=True, disable=rank != 0 or total == 0)
     update_seconds, started = 0.0, now(device)
     for step in range(first_step, args.steps):
         # A batch follows from seed, step and rank alone: a resume has no loader's state to restore.

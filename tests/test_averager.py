@@ -568,3 +568,8 @@ def test_an_iterator_made_outside_and_run_inside_applied_gives_the_average() -> 
     with averager.applied():
         found = dict(tensors)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_something_that_is_no_module_is_refused() -> None:
+    with pytest.raises(ConfigError, match="a function is not a torch.nn.Module"):
+        Averager(lambda x: x, EMA())  # type: ignore[arg-type]
