@@ -398,11 +398,9 @@ def _restored_state() -> Iterator[None]:
 def _forget_meshes() -> None:
     # DTensor caches what an operation returns, by a mesh's ranks, not by its identity: a cached
     # answer would carry a mesh of an earlier call, whose groups are gone.
-    clear = getattr(torch.distributed.tensor.debug, "_clear_sharding_prop_cache", None)
-    if clear is None:  # before torch 2.10 or so there is one cache, and no function for it
-        dispatcher: Any = torch.distributed.tensor.DTensor._op_dispatcher
-        clear = dispatcher.sharding_propagator.propagate_op_sharding.cache.cache_clear
-    clear()
+    # The functions are private: torch 2.10 has the two halves, 2.13 the same two under these names.
+    torch.distributed.tensor.debug._clear_python_sharding_prop_cache()
+    torch.distributed.tensor.debug._clear_fast_path_sharding_prop_cache()
 
 
 def _die_with_parent(folder: Path) -> None:

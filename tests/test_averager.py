@@ -571,5 +571,5 @@ def test_an_iterator_made_outside_and_run_inside_applied_gives_the_average() -> 
 
 
 def test_something_that_is_no_module_is_refused() -> None:
-    with pytest.raises(ConfigError, match="a function is not a torch.nn.Module"):
+    with pytest.raises(ConfigError, match="a function is not a torch"):
         Averager(lambda x: x, EMA())  # type: ignore[arg-type]
