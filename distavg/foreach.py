@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distavg.layout import range_boxes
 
-__all__ = ["Lerp", "as_bytes", "checksum", "chunks", "exchange_"]
+__all__ = ["Exchange", "Lerp", "as_bytes", "checksum", "chunks"]
 
 # Size of one chunk where data passes through a temporary. On a CPU the temporary should stay in
 # a core's L2 cache; on an accelerator a chunk must run well past the launch of its kernels.
@@ -44,9 +44,10 @@ class Lerp:
                 group[1].append(live)
                 continue
             size = _chunk_elements(average)
-            buffer = buffers.setdefault(key, average.new_empty(size))
+            if key not in buffers:
+                buffers[key] = average.new_empty(size)
             self._converted += (
-                (part, live_part, buffer[: part.numel()].view(part.shape))
+                (part, live_part, buffers[key][: part.numel()].view(part.shape))
                 for part, live_part in chunks((average, live), size)
             )
         self._same = list(same.values())
@@ -63,15 +64,31 @@ class Lerp:
             average.lerp_(buffer.copy_(live), weight)
 
 
-@torch.no_grad()
-def exchange_(a: Tensor, b: Tensor) -> None:
-    """Exchange the values of two tensors of one shape, dtype and device, chunk by chunk."""
-    size = _chunk_elements(a)
-    buffer = a.new_empty(min(size, a.numel()))
-    for part_a, part_b in chunks((a, b), size):
-        saved = buffer[: part_a.numel()].view(part_a.shape).copy_(part_a)
-        part_a.copy_(part_b)
-        part_b.copy_(saved)
+class Exchange:
+    """The values of two tensors of one shape, dtype and device, exchanged chunk by chunk.
+
+    It can be interrupted at any instant (Ctrl-C) and taken up again: each of a chunk's three
+    copies may be repeated, because none writes its own source, and counts only when it is done.
+    """
+
+    def __init__(self, a: Tensor, b: Tensor) -> None:
+        self._chunks = list(chunks((a, b), _chunk_elements(a)))
+        self._num_copies = 0
+        self._buffer: Tensor | None = None
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Do what is left to do."""
+        while self._num_copies < 3 * len(self._chunks):
+            index, phase = divmod(self._num_copies, 3)
+            a, b = self._chunks[index]
+            if self._buffer is None:
+                self._buffer = a.new_empty(max(part.numel() for part, _ in self._chunks))
+            saved = self._buffer[: a.numel()].view(a.shape)
+            target, source = ((saved, a), (a, b), (b, saved))[phase]
+            target.copy_(source)
+            self._num_copies += 1
+        self._buffer = None
 
 
 def chunks(tensors: tuple[Tensor, ...], max_elements: int) -> Iterator[tuple[Tensor, ...]]:

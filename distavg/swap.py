@@ -10,6 +10,7 @@ communication; the ranks only tell each other that all went well.
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from distavg.average import Average, is_exchanged
 from distavg.comm import Comm
 from distavg.errors import DistavgError, RankError, StateError
-from distavg.foreach import exchange_
+from distavg.foreach import Exchange
 from distavg.shards import LiveTensor, ModelShards
 
 __all__ = ["applied", "make_permanent"]
@@ -68,12 +69,7 @@ class _Swap:
         self._shards = model_shards
         self._comm = comm
         self._doing = f"applied({average.name!r})"
-        self._pairs = [
-            (shard.tensor, tensor)
-            for shard, tensor in zip(average.live, average.tensors, strict=True)
-        ]
-        self._kept: dict[int, Tensor] = {}  # live values whose average has another dtype
-        self._num_swapped = 0
+        self._moves: list[_Move] = []  # those begun
         self._versions: list[tuple[LiveTensor, Tensor, int]] = []
 
     def enter(self) -> None:
@@ -82,16 +78,13 @@ class _Swap:
             self._shards.check_replicas(self._doing)
         error: Exception | None = None
         try:
-            self._shards.check_current()
-            self._put_average()
-        except Exception as caught:
-            error = caught
-        except BaseException:  # Ctrl-C: the other ranks see that this one does not come
-            self._put_live()
-            raise
-        try:
+            try:
+                self._shards.check_current()
+                self._put_average()
+            except Exception as caught:
+                error = caught
             self._comm.raise_together(error, self._doing)
-        except BaseException:
+        except BaseException:  # Ctrl-C, too: then the other ranks see that this one does not come
             self._put_live()
             raise
         try:
@@ -110,22 +103,25 @@ class _Swap:
 
     def leave(self, code: int) -> None:
         """Put the live weights back, whatever happened; raise unless the body did."""
-        self._shards.reshard()
         written = [tensor for tensor, each, version in self._versions if each._version != version]
-        self._put_live()
+        interrupt = self._put_live()
         self._average.is_applied = False
         error: DistavgError | None = None
         if written:
             code |= _WROTE
             error = self._mark_written(written[0])
+        others: dict[int, int] = {}
         try:
             others = self._comm.announce(code, self._doing)
             _share_pieces(self._shards, self._doing)
-        except RankError as lost:
+        except BaseException as lost:
             if self._shards.pieces:
                 self._mark_lost(lost)
+            if not isinstance(lost, RankError):
+                raise
             error = error or lost
-            others = {}
+        if interrupt is not None:
+            raise interrupt
         if others:
             causes = ", ".join(f"rank {rank} {_HAPPENED[c]}" for rank, c in others.items())
             error = RankError(
@@ -161,24 +157,64 @@ class _Swap:
         )
         logger.error(self._shards.lost)
 
-    @torch.no_grad()
     def _put_average(self) -> None:
-        for i, (live, tensor) in enumerate(self._pairs):
-            if is_exchanged(live, tensor):
-                exchange_(live, tensor)
-            else:
-                self._kept[i] = live.clone()
-                live.copy_(tensor)
-            self._num_swapped = i + 1
+        for live, tensor in zip(self._average.live, self._average.tensors, strict=True):
+            kind = _Swapped if is_exchanged(live.tensor, tensor) else _Kept
+            self._moves.append(kind(live.tensor, tensor))
+            self._moves[-1].go()
+
+    def _put_live(self) -> BaseException | None:
+        """Undo what was begun, to the end; return the interrupt (Ctrl-C) that came meanwhile."""
+        interrupt: BaseException | None = None
+        while True:
+            try:
+                self._shards.reshard()
+                for move in self._moves:
+                    move.go()
+                    move.come_back()
+                return interrupt
+            except Exception as error:  # noqa: PERF203 -- the device failed; no second try
+                self._mark_lost(error)
+                raise
+            except BaseException as caught:
+                interrupt = caught
+
+
+class _Move(Protocol):
+    """One shard's way there and back. Both can be interrupted and called again."""
+
+    def go(self) -> None: ...
+
+    def come_back(self) -> None: ...
+
+
+class _Swapped:
+    """The live values wait in the average's memory."""
+
+    def __init__(self, live: Tensor, average: Tensor) -> None:
+        self._there, self._back = Exchange(live, average), Exchange(live, average)
+
+    def go(self) -> None:
+        self._there.run()
+
+    def come_back(self) -> None:
+        self._back.run()
+
+
+class _Kept:
+    """The live values wait in a copy, because the average has another dtype."""
+
+    def __init__(self, live: Tensor, average: Tensor) -> None:
+        self._live, self._average = live, average
+        self._copy = live.clone()
 
     @torch.no_grad()
-    def _put_live(self) -> None:
-        for i, (live, tensor) in enumerate(self._pairs[: self._num_swapped]):
-            if is_exchanged(live, tensor):
-                exchange_(live, tensor)
-            else:
-                live.copy_(self._kept.pop(i))
-        self._num_swapped = 0
+    def go(self) -> None:
+        self._live.copy_(self._average)
+
+    @torch.no_grad()
+    def come_back(self) -> None:
+        self._live.copy_(self._copy)
 
 
 @torch.no_grad()
@@ -188,7 +224,7 @@ def make_permanent(average: Average, model_shards: ModelShards) -> None:
         live.tensor.copy_(shard.tensor)
     try:
         _share_pieces(model_shards, "copy_to()")
-    except RankError as error:
+    except BaseException as error:
         model_shards.lost = f"the live weights are a mixture on this rank: {error}"
         raise
 
@@ -220,7 +256,9 @@ def _undisturbed(modules: Sequence[nn.Module], devices: set[torch.device]) -> It
         for module, mode in modes:
             module.training = mode
         for module, key, buffer, saved in buffers:
-            with torch.no_grad():  # always: BatchNorm writes its statistics behind their versions
-                buffer.copy_(saved)
+            if 0 not in buffer.stride():  # nobody can write to an expanded tensor
+                # Always: BatchNorm writes its statistics behind their versions.
+                with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+                    buffer.copy_(saved)
             if getattr(module, key, None) is not buffer:
                 setattr(module, key, buffer)

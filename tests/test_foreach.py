@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from distavg import foreach
-from distavg.foreach import Lerp, checksum, chunks, exchange_
+from distavg.foreach import Exchange, Lerp, checksum, chunks
 from distavg.rules import EMA, SWA
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -182,7 +182,7 @@ def test_autograd_sees_the_write(weight: float, live_dtype: torch.dtype) -> None
     assert not average.requires_grad
 
 
-# ------------------------------------------------------------------------------------- exchange_
+# ------------------------------------------------------------------------------------- Exchange
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.int64, torch.bool])
@@ -194,7 +194,7 @@ def test_exchange(dtype: torch.dtype, kinds: tuple[str, str]) -> None:
     generator = torch.Generator().manual_seed(0)
     values = [torch.randint(0, 2, (5, 3, 4), generator=generator).to(dtype) for _ in range(2)]
     a, b = (strided((5, 3, 4), k, dtype).copy_(v) for k, v in zip(kinds, values, strict=True))
-    exchange_(a, b)
+    Exchange(a, b).run()
     assert same(a, values[1])
     assert same(b, values[0])
 
@@ -203,7 +203,7 @@ def test_exchange_keeps_nan_payloads_and_signed_zeros() -> None:
     a = torch.tensor([0x7FC00123, -0x80000000, 0x7F800001], dtype=torch.int32).view(torch.float32)
     b = torch.tensor([1.0, -0.0, float("inf")])
     first, second = a.clone(), b.clone()
-    exchange_(a, b)
+    Exchange(a, b).run()
     assert same(a, second)
     assert same(b, first)
 
@@ -213,7 +213,7 @@ def test_exchange_of_a_big_transposed_tensor() -> None:
     rows = torch.arange(900_000, dtype=torch.float32).view(900, 1000)
     a = strided((900, 1000), "transposed").copy_(rows)
     b = rows.neg()
-    exchange_(a, b)
+    Exchange(a, b).run()
     assert same(a, rows.neg())
     assert same(b, rows)
 
@@ -221,7 +221,7 @@ def test_exchange_of_a_big_transposed_tensor() -> None:
 @pytest.mark.parametrize("shape", [(), (0,), (1,)])
 def test_exchange_of_next_to_nothing(shape: tuple[int, ...]) -> None:
     a, b = torch.full(shape, 1.0), torch.full(shape, 2.0)
-    exchange_(a, b)
+    Exchange(a, b).run()
     assert torch.equal(a, torch.full(shape, 2.0))
     assert torch.equal(b, torch.full(shape, 1.0))
 
@@ -230,7 +230,7 @@ def test_exchange_is_seen_by_autograd() -> None:
     a, b = torch.ones(3, requires_grad=True), torch.zeros(3)
     loss = (a * a).sum()
     before = a._version, b._version
-    exchange_(a, b)
+    Exchange(a, b).run()
     assert a._version > before[0]
     assert b._version > before[1]
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -257,8 +257,8 @@ def test_temporaries_are_bounded() -> None:
     transposed = torch.zeros(2048, 2048).t()
     assert largest_allocation(lambda: a.clone()) == 16 * 2**20  # the measurement itself
     for fn in (
-        lambda: exchange_(a, b),
-        lambda: exchange_(transposed, b.view(2048, 2048)),
+        lambda: Exchange(a, b).run(),
+        lambda: Exchange(transposed, b.view(2048, 2048)).run(),
         lambda: Lerp([a], [half])(0.5),
         lambda: Lerp([a], [half])(1),
         lambda: Lerp([a], [b])(0.5),

@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import distavg
-from distavg import StateError, swap
+from distavg import StateError
 
 CASES = world_sizes(
     {"plain": [1, 2], "ddp": [1, 2, 3, 4], "fsdp2": [1, 2, 3, 4], "fsdp2-keep": [2, 3]}
@@ -385,19 +385,32 @@ def test_the_hooks_error_of_a_step_inside_is_raised_and_the_damage_remembered() 
 # ---------------------------------------------------------------- entering that fails
 
 
+@contextmanager
+def copies_that_fail(number: int, error: BaseException, *, after: bool) -> Iterator[list[int]]:
+    """The copy of this number raises once, before or after it is made."""
+    copy_ = Tensor.copy_
+    calls: list[int] = []
+    raised: list[int] = []
+
+    def copy(target: Tensor, source: Tensor) -> Tensor:
+        calls.append(1)
+        fails = len(calls) == number
+        if not fails or after:
+            copy_(target, source)
+        if fails:
+            raised.append(number)
+            raise error
+        return target
+
+    with mock.patch.object(Tensor, "copy_", copy):
+        yield raised
+
+
 def fail_to_enter(layout: str, error: type[BaseException]) -> tuple[str, list[str], bool, bool]:
     cls = model_class(layout)
     model, averager = trained(layout, cls)
     refs = storages(model)
     before = everything(model, refs)
-    calls = []
-
-    def exchange(a: Tensor, b: Tensor) -> None:
-        calls.append(a)
-        if len(calls) == 2:
-            raise error("no memory left")
-        distavg.foreach.exchange_(a, b)
-
     entered = []
 
     def body() -> None:
@@ -406,7 +419,7 @@ def fail_to_enter(layout: str, error: type[BaseException]) -> tuple[str, list[st
 
     text = ""
     if dist.get_rank() == 1:
-        with mock.patch.object(swap, "exchange_", exchange):
+        with copies_that_fail(5, error("no memory left"), after=False):
             text = error_of(body)
     else:
         text = error_of(body)
@@ -430,27 +443,28 @@ def test_entering_that_fails_halfway_on_one_rank_is_undone_on_all(layout: str) -
         assert text == "RankError: applied('ema') failed. rank 1: MemoryError: no memory left"
 
 
-def test_an_interrupt_while_entering_is_undone() -> None:
-    model, averager = trained("plain", Awkward)
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_an_interrupt_at_any_copy_of_a_swap_is_undone(
+    dtype: torch.dtype | None, *, after: bool
+) -> None:
+    model, averager = trained("plain", Awkward, dtype=dtype)
     refs = storages(model)
     before = everything(model, refs)
     average = averager.full_state_dict("ema")
-    calls = []
-
-    def exchange(a: Tensor, b: Tensor) -> None:
-        calls.append(a)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        distavg.foreach.exchange_(a, b)
-
-    with (
-        mock.patch.object(swap, "exchange_", exchange),
-        pytest.raises(KeyboardInterrupt),
-        averager.applied("ema"),
-    ):
-        pytest.fail("the body must not run")
-    assert differences(everything(model, refs), before) == []
-    assert differences(averager.full_state_dict("ema"), average) == []
+    number, interrupted = 0, True
+    while interrupted:
+        number += 1
+        with copies_that_fail(number, KeyboardInterrupt(), after=after) as interrupts:
+            try:
+                with averager.applied("ema"):
+                    pass
+            except KeyboardInterrupt:
+                assert interrupts == [number]
+        interrupted = bool(interrupts)
+        assert differences(everything(model, refs), before) == []
+        assert differences(averager.full_state_dict("ema"), average) == []
+    assert number > 2 * len(averager["ema"].shards())
 
 
 def enter_with_differing_replicas() -> tuple[str, list[str]]:
