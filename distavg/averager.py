@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import uuid
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -13,6 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+import xxhash
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -100,10 +102,11 @@ class Averager:
         self._clock = clock or Clock()
         self._position = Position()
         self._id = uuid.uuid4().hex
+        self._loaded: str | None = None  # the save that this run goes on from
         self._broken: str | None = None
         self._hooks = OptimizerHooks(self.step)
         with self._comm.together("building an Averager"):
-            _check_arguments(rules, dtype=dtype, device=device, buffers=buffers)
+            _check_arguments(rules, clock=clock, dtype=dtype, device=device, buffers=buffers)
             schedules = [Schedule(name, rule, self._clock) for name, rule in rules.items()]
             self._shards = ModelShards(
                 model,
@@ -128,7 +131,9 @@ class Averager:
                 )
                 for schedule in schedules
             }
+        self._check_built_alike()
         self._shards.check_replicas("building an Averager")
+        weakref.finalize(self, self._comm.close).atexit = False
         if self._comm.size > 1 and self._comm.rank == 0 and self._shards.has_unknown_replicas:
             logger.warning(
                 "the model has plain parameters outside DDP: every rank keeps their averages "
@@ -156,8 +161,8 @@ class Averager:
         """Call `step` after every step of these optimizers that changed the weights.
 
         Steps that GradScaler skips do not count. (PyTorch's `get_state_dict` takes a step with a
-        learning rate of 0 on an optimizer that has no state yet, and that one counts: attach
-        afterwards, or load the averages last.) Several optimizers, of one call or of several,
+        learning rate of 0 on an optimizer that has no state yet, and that one does count, except
+        inside `also=`: attach afterwards.) Several optimizers, of one call or of several,
         count as one step once each of them has stepped. Wrappers with an `.optimizer`, such as
         accelerate's, are seen through.
 
@@ -205,7 +210,8 @@ class Averager:
         """A context with the average in place of the live weights. Collective at both ends.
 
         Afterwards the live weights, buffers, modes and RNG states are bit for bit as before,
-        also when the body raises. Before an average's first update the context does nothing.
+        also when the body raises. (RNG states: PyTorch's, of the CPU and of the weights' devices.)
+        Before an average's first update the live weights stay in place.
 
         Extra memory: the buffers, at most 64 MiB of temporaries, and a copy of the live weights
         that this rank owns where the average has another dtype.
@@ -219,16 +225,17 @@ class Averager:
 
     @contextmanager
     def _applied(self, average: Average) -> Iterator[None]:
-        self._check_idle("applied()")
-        if average.num_updates == 0:
-            if not average.was_read_early and self._comm.rank == 0:
+        self._check_restored()
+        with self._comm.together(f"applied({average.name!r})"):
+            self._check_idle("applied()")
+        self._check_alike(average.num_updates, f"applied({average.name!r})")
+        if average.num_updates == 0 and not average.was_read_early:
+            average.was_read_early = True
+            if self._comm.rank == 0:
                 logger.warning(
                     "average %r has had no update yet: applied() leaves the live weights in place",
                     average.name,
                 )
-            average.was_read_early = True
-            yield
-            return
         with applied(average, self._shards, self._comm):
             yield
 
@@ -249,8 +256,10 @@ class Averager:
         """
         average = self._named(name)
         if module is None:
-            self._check_idle("copy_to()")
-            self._shards.check_current()
+            self._check_restored()
+            with self._comm.together("copy_to()"):
+                self._check_idle("copy_to()")
+                self._shards.check_current()
             make_permanent(average, self._shards)
         else:
             self._check_usable()
@@ -284,8 +293,9 @@ class Averager:
     def _iter_full_tensors(
         self, average: Average, *, all_ranks: bool
     ) -> Iterator[tuple[str, Tensor | None]]:
-        self._check_usable()
+        self._check_restored()
         with self._comm.together(f"gathering the average {average.name!r}"):
+            self._check_usable()
             self._shards.check_current()
         yield from iter_whole_tensors(
             average.shards(), self._shards, self._comm, all_ranks=all_ranks
@@ -323,7 +333,7 @@ class Averager:
             block: Background saves come with a later release.
             overwrite: Replace the checkpoint at `path`; it stays whole until the new one is.
             keep: Afterwards remove all but this many newest checkpoints of this run (the same
-                averager, over resumes) in the parent folder.
+                averager, over resumes) in the parent folder; never the one that it was loaded from.
             also: `also(folder)` is called on every rank before the commit, to write model and
                 optimizer; `load(also=)` hands the folder back.
 
@@ -333,16 +343,15 @@ class Averager:
             ReplicaMismatch: Averages that ranks hold whole differ.
             StateError: `also` inside `applied()`: it would take the average for the model.
         """
-        self._check_usable()
-        if not block:
-            raise UnsupportedError("save(block=False) is not in this release: save with block=True")
-        if keep is not None and keep < 1:
-            raise ConfigError(f"save: keep={keep} would remove the checkpoint itself: at least 1")
-        if also is not None and (inside := self._applied_name()):
-            raise StateError(
-                f"save(also=...) inside applied({inside!r}) would save the average as the model's "
-                "weights: save after the context"
-            )
+        self._check_restored()
+        doing = f"saving to {path}"
+        with self._comm.together(doing):
+            self._check_save(block=block, keep=keep, also=also)
+            self._shards.check_current()
+        counters = [average.num_updates for average in self._averages.values()]
+        self._check_alike((self._position.steps, *counters), doing)
+        if self._shards.pieces and not self._applied_name():
+            self._shards.check_replicas(doing)
         request = SaveRequest(
             Path(path),
             self._id,
@@ -350,16 +359,15 @@ class Averager:
             self._position.epochs,
             overwrite=overwrite,
             keep=keep,
-            also=also,
+            also=None if also is None else self._hooks.paused(also),
+            spared=self._loaded,
         )
-        with self._comm.together(f"saving to {path}"):
-            self._shards.check_current()
         save(request, list(self._averages.values()), self._shards, self._comm)
         return SaveHandle(request.path)
 
     def load(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | None,
         *,
         names: Mapping[str, str] | None = None,
         missing: str = "error",
@@ -382,7 +390,9 @@ class Averager:
                 `"saved"` one.
             cast: Convert from another dtype.
             verify: Compare the data's checksums while reading.
-            also: `also(folder)` is called on every rank with the folder that `save(also=)` wrote.
+            also: `also(folder)` is called on every rank with the folder that `save(also=)` wrote,
+                after all checks and before the averages are read. Attached optimizers' steps do
+                not count meanwhile (PyTorch's `get_state_dict` takes one).
 
         Raises:
             CheckpointNotFound: There is no committed checkpoint.
@@ -391,11 +401,13 @@ class Averager:
             CheckpointMismatch: Other names, shapes, dtypes or rules.
             StateError: An average is applied at the moment.
         """
-        if inside := self._applied_name():
-            raise StateError(f"load() inside applied({inside!r}): load after the context")
         averages = list(self._averages.values())
         doing = f"loading {path}"
         with self._comm.together(doing):
+            if inside := self._applied_name():
+                raise StateError(f"load() inside applied({inside!r}): load after the context")
+            if path is None:
+                raise ConfigError("load: path is None: latest() found no checkpoint")
             plan = plan_load(
                 Path(path),
                 averages,
@@ -412,6 +424,9 @@ class Averager:
                 f"{path} is not the same checkpoint on all ranks: load from a file system that "
                 "they share"
             )
+        if also is not None:
+            with self._comm.together(doing):
+                call_also(self._hooks.paused(also), plan.path / str(plan.manifest.extra_folder))
         self._broken = (
             f"{doing} failed half-way, so the averages hold a mixture of old and new values: load "
             "a good checkpoint first"
@@ -424,11 +439,8 @@ class Averager:
             average.schedule = schedules.get(average.name, average.schedule)
             average.damaged = None
         self._position = Position(plan.manifest.steps, plan.manifest.epochs)
-        self._id = plan.manifest.averager_id
+        self._id, self._loaded = plan.manifest.averager_id, plan.manifest.save_id
         self._broken = None
-        if also is not None:
-            with self._comm.together(doing):
-                call_also(also, plan.path / str(plan.manifest.extra_folder))
 
     def state_dict(self) -> "OrderedDict[str, Any]":
         """Live references to the averages, for `torch.distributed.checkpoint`. Not collective.
@@ -472,6 +484,18 @@ class Averager:
                 metrics[f"{name}/relative_distance"] = apart / norm if norm else 0.0
         return metrics
 
+    def _check_save(self, *, block: bool, keep: int | None, also: Also | None) -> None:
+        self._check_usable()
+        if not block:
+            raise UnsupportedError("save(block=False) is not in this release: save with block=True")
+        if keep is not None and (type(keep) is not int or keep < 1):
+            raise ConfigError(f"save: keep={keep!r} is not a number of checkpoints, at least 1")
+        if also is not None and (inside := self._applied_name()):
+            raise StateError(
+                f"save(also=...) inside applied({inside!r}) would save the average as the model's "
+                "weights: save after the context"
+            )
+
     def _named(self, name: str | None) -> Average:
         if name is None and len(self._averages) == 1:
             return next(iter(self._averages.values()))
@@ -482,6 +506,45 @@ class Averager:
 
     def _applied_name(self) -> str | None:
         return next((a.name for a in self._averages.values() if a.is_applied), None)
+
+    def _check_built_alike(self) -> None:
+        """Find ranks whose arguments or models differ. Collective: one small all-gather."""
+        doing = "building an Averager"
+        mine = {
+            "the rules": [(n, a.rule.record()) for n, a in self._averages.items()],
+            "the clock": self._clock,
+            "the dtypes": [list(average.dtypes.items()) for average in self._averages.values()],
+            "the model's tensors": [
+                (t.fqn, t.global_shape, t.is_held, t.is_copied) for t in self._shards.tensors
+            ],
+        }
+        digests = {
+            what: xxhash.xxh3_128_hexdigest(repr(value).encode()) for what, value in mine.items()
+        }
+        for rank, theirs in zip(self._comm.ranks, self._comm.gather(digests, doing), strict=True):
+            for what, digest in theirs.items():
+                if digest != digests[what]:
+                    raise ConfigError(
+                        f"{doing}: {what} on rank {rank} are not those of rank "
+                        f"{self._comm.ranks[self._comm.rank]}: {mine[what]!s:.200}. Build it alike "
+                        "on every rank; pipeline stages are not supported yet"
+                    )
+
+    def _check_restored(self) -> None:
+        """Before the first collective of a call: after a rank was lost there can be none."""
+        if self._shards.lost:
+            raise StateError(self._shards.lost)
+
+    def _check_alike(self, value: object, doing: str) -> None:
+        """Find ranks that have come apart in counters. Collective: one all-gather."""
+        values = self._comm.gather(value, doing)
+        if differing := [
+            r for r, v in zip(self._comm.ranks, values, strict=True) if v != values[0]
+        ]:
+            raise StateError(
+                f"{doing}: ranks {differing} have made other updates or steps than rank "
+                f"{self._comm.ranks[0]} ({values}): every rank must step and update alike"
+            )
 
     def _check_usable(self) -> None:
         damages = (average.damaged for average in self._averages.values())
@@ -498,17 +561,22 @@ class Averager:
 
 
 def _check_arguments(
-    rules: Mapping[str, Rule], *, dtype: object, device: object, buffers: str
+    rules: Mapping[str, Rule], *, clock: object, dtype: object, device: object, buffers: str
 ) -> None:
     if not isinstance(rules, Mapping) or not rules:
         raise ConfigError(f"Averager: {rules!r} is not a rule, nor a mapping of names to rules")
     for name, rule in rules.items():
         if not isinstance(rule, Rule):
             raise ConfigError(f"average {name!r}: {rule!r} is not a rule such as EMA() or SWA()")
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII):
+        if type(name) is not str or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII):
             raise ConfigError(f"average {name!r}: a name is letters, digits, '_', '-' and '.'")
     if isinstance(dtype, Mapping) and (unknown := set(dtype) - set(rules)):
         raise ConfigError(f"Averager: dtype names {sorted(unknown)}, the averages {list(rules)}")
+    for each in dtype.values() if isinstance(dtype, Mapping) else [dtype]:
+        if each is not None and not isinstance(each, torch.dtype):
+            raise ConfigError(f"Averager: dtype={each!r} is not a torch.dtype")
+    if clock is not None and not isinstance(clock, Clock):
+        raise ConfigError(f"Averager: clock={clock!r} is not a Clock")
     if device is not None:
         raise UnsupportedError(
             f"Averager: device={device!r}: averages lie beside the parameters in this release"

@@ -6,6 +6,7 @@ timeout: a rank that does not come ends as a `RankError` on the others, never as
 """
 
 import atexit
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -46,16 +47,23 @@ class Comm:
         self._group: dist.ProcessGroup | None = None
         self._timeout = timeout
         self._announced: object = None
+        self._is_of_all = False
         self.ranks: tuple[int, ...] = (0,)
         self.rank, self.size = 0, 1
         if dist.is_available() and dist.is_initialized():
             ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD)
+            # Groups of some ranks get their names from the ranks alone. A name that comes again
+            # finds the addresses of the group before it, so such a group is never given back.
+            self._is_of_all = len(ranks) == dist.get_world_size()
             with _lost_rank("making a group of the ranks"):
                 self._group = dist.new_group(
-                    ranks, timeout=timeout, backend="gloo", use_local_synchronization=True
+                    ranks,
+                    timeout=timeout,
+                    backend="gloo",
+                    use_local_synchronization=not self._is_of_all,
                 )
             self.ranks = tuple(ranks)
-            atexit.register(_let_gloo_finish)
+            _let_gloo_finish_at_exit()
             self.rank, self.size = dist.get_rank(self._group), len(ranks)
 
     @property
@@ -64,8 +72,8 @@ class Comm:
         return self._group is not None
 
     def close(self) -> None:
-        """Give the group back. Collective."""
-        if self._group is not None and dist.is_initialized():
+        """Give the group's sockets and threads back, if it is a group of all ranks."""
+        if self._group is not None and self._is_of_all and dist.is_initialized():
             dist.destroy_process_group(self._group)
         self._group = None
 
@@ -130,7 +138,7 @@ class Comm:
                 group = dist.new_group(
                     ranks, timeout=self._timeout, backend="gloo", use_local_synchronization=True
                 )
-        return ReplicaGroup(group, ranks, dist.get_rank(group))
+        return ReplicaGroup(group, ranks, dist.get_rank(group), self._timeout)
 
     def announce(self, code: int, doing: str) -> dict[int, int]:
         """Tell every rank how a phase ended here: 0 for well. Collective.
@@ -143,7 +151,7 @@ class Comm:
         """
         if self.size == 1:
             return {}
-        mine = torch.tensor([code])
+        mine = torch.tensor([code], device="cpu")
         codes = [torch.zeros_like(mine) for _ in range(self.size)]
         with _lost_rank(doing):
             work = dist.all_gather(codes, mine, group=self._group, async_op=True)
@@ -194,20 +202,23 @@ class Comm:
         return torch.split(as_bytes(tensor), _MESSAGE_BYTES) if tensor.numel() else ()
 
 
-def _let_gloo_finish() -> None:
-    """Give gloo's threads a moment to drop the tensors of the last collective.
+@functools.cache
+def _let_gloo_finish_at_exit() -> None:
+    """At exit, give gloo's threads a moment to drop the tensors of the last collective.
 
     They need the GIL for it, after the collective has returned. A process whose interpreter goes
     down meanwhile is aborted by torch ("terminate called without an active exception", seen in
     2.13 on a busy machine, in 1 of 7 runs of a script that ended with a collective).
     """
-    time.sleep(0.05)
+    atexit.register(time.sleep, 0.05)
 
 
 @contextmanager
 def _lost_rank(doing: str) -> Iterator[None]:
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # timeouts and dead peers are reported so
         raise RankError(
             f"{doing}: lost contact with another rank, which has ended or did not come within the "
@@ -224,11 +235,13 @@ class ReplicaGroup:
         group: The process group that moves the data.
         ranks: Its global ranks.
         rank: This process's rank within the group.
+        timeout: How long a broadcast waits for a rank; None for the group's own timeout.
     """
 
     group: dist.ProcessGroup
     ranks: tuple[int, ...]
     rank: int
+    timeout: timedelta | None
 
     @property
     def size(self) -> int:
@@ -248,22 +261,23 @@ class ReplicaGroup:
             doing: What for, in an error's words.
         """
         for owner, tensors in enumerate(pieces):
-            packed: dict[torch.dtype, list[Tensor]] = {}
+            packed: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
             for tensor in tensors:
                 if tensor.nbytes >= _MESSAGE_BYTES and tensor.is_contiguous():
                     self._broadcast(tensor, owner, doing)
                 else:
                     limit = _MESSAGE_BYTES // tensor.itemsize
-                    packed.setdefault(tensor.dtype, []).extend(
+                    packed.setdefault((tensor.device, tensor.dtype), []).extend(
                         part for (part,) in chunks((tensor,), limit)
                     )
-            for same_dtype in packed.values():
-                for bucket in _buckets(same_dtype):
+            for alike in packed.values():
+                for bucket in _buckets(alike):
                     self._broadcast_packed(bucket, owner, doing)
 
     def _broadcast(self, tensor: Tensor, owner: int, doing: str) -> None:
         with _lost_rank(doing):
-            dist.broadcast(tensor, group=self.group, group_src=owner)
+            work = dist.broadcast(tensor, group=self.group, group_src=owner, async_op=True)
+            work.wait(self.timeout) if self.timeout is not None else work.wait()
 
     def _broadcast_packed(self, tensors: list[Tensor], owner: int, doing: str) -> None:
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])

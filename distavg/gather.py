@@ -70,12 +70,13 @@ def _assemble(
         for shard in mine:
             comm.send(shard.tensor.detach().cpu().contiguous(), 0, doing)
         return None
-    whole = torch.empty(shape, dtype=next(dtype for dtype, _ in held if dtype is not None))
+    dtype = next(dtype for dtype, _ in held if dtype is not None)
+    whole = torch.empty(shape, dtype=dtype, device="cpu")
     for shard in mine:
         whole[shard.box.slices()].copy_(shard.tensor)
     for rank, (_, boxes) in enumerate(held[1:], start=1):
         for box in boxes:
-            part = torch.empty(box.sizes, dtype=whole.dtype)
+            part = torch.empty(box.sizes, dtype=whole.dtype, device="cpu")
             comm.receive(part, rank, doing)
             whole[box.slices()].copy_(part)
     return whole
@@ -85,7 +86,7 @@ def _spread(whole: Tensor | None, shape: tuple[int, ...], comm: Comm, fqn: str) 
     doing = f"broadcasting {fqn}"
     dtype = comm.broadcast(whole.dtype if whole is not None else None, doing)
     if whole is None:
-        whole = torch.empty(shape, dtype=dtype)
+        whole = torch.empty(shape, dtype=dtype, device="cpu")
     comm.broadcast_tensor(whole, doing)
     return whole
 

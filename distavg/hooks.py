@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch.optim import Optimizer
@@ -23,6 +24,8 @@ class OptimizerHooks:
         self._on_step = on_step
         self._attached: list[Optimizer] = []
         self._stepped: list[Optimizer] = []
+        self._last: Optimizer | None = None  # the one that steps last in a round
+        self._is_paused = False
 
     def attach(self, optimizers: Sequence[Optimizer]) -> RemovableHandle:
         """Follow these optimizers, too.
@@ -40,6 +43,7 @@ class OptimizerHooks:
                     "would count its steps twice"
                 )
         self._attached += inner
+        self._last = None
         handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in inner]
         return _Attachment(handles, lambda: self._detach(inner))
 
@@ -48,18 +52,34 @@ class OptimizerHooks:
         # hooks all the same. Reading the flag costs one synchronisation, as GradScaler's own
         # does for the other optimizers.
         found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and found_inf.item():
+        if self._is_paused or (found_inf is not None and found_inf.item()):
             return
         if all(optimizer is not other for other in self._stepped):
             self._stepped.append(optimizer)
-        if len(self._stepped) == len(self._attached):
+        # After the first round only the optimizer that closed it closes others: one whose step
+        # GradScaler skipped must not close the round, a step late, before the others have stepped.
+        if len(self._stepped) == len(self._attached) and self._last in (None, optimizer):
+            self._last = optimizer
             self._stepped.clear()
             self._on_step()
+
+    def paused(self, also: Callable[[Path], object]) -> Callable[[Path], object]:
+        """The same function, during which no step counts."""
+
+        def call(folder: Path) -> None:
+            self._is_paused = True
+            try:
+                also(folder)
+            finally:
+                self._is_paused = False
+
+        return call
 
     def _detach(self, optimizers: Sequence[Optimizer]) -> None:
         gone = {id(optimizer) for optimizer in optimizers}
         self._attached = [each for each in self._attached if id(each) not in gone]
         self._stepped = [each for each in self._stepped if id(each) not in gone]
+        self._last = None
 
 
 class _Attachment(RemovableHandle):

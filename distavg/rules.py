@@ -110,8 +110,11 @@ class EMA(Rule):
                 f"EMA: half_life={self.half_life!r} needs an update_interval to be turned into "
                 "a decay; for updates by hand give decay"
             )
-        if self.decay is not None and not 0 <= self.decay <= 1:  # NaN fails the comparison too
-            raise ConfigError(f"EMA: decay must be in [0, 1], not {self.decay}")
+        decay = self.decay
+        if decay is not None and (
+            not isinstance(decay, (int, float)) or not 0 <= decay <= 1  # NaN fails this, too
+        ):
+            raise ConfigError(f"EMA: decay must be in [0, 1], not {decay!r}")
 
     def weight(self, num_updates: int) -> float:
         """See `Rule.weight`."""

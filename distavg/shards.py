@@ -33,6 +33,11 @@ from distavg.names import NamedTensor, named_tensors
 
 __all__ = ["LiveTensor", "ModelShards", "Shard"]
 
+# What PyTorch computes with and safetensors files hold.
+_AVERAGED_DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16} | {
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool
+}  # fmt: skip
+
 Model = nn.Module | Mapping[str, nn.Module]
 
 
@@ -153,7 +158,7 @@ class ModelShards:
             for each in named
             if each.fqn in admitted and not (each.is_buffer or _is_trainable(each.tensor))
         }
-        self._groups: dict[tuple[int, ...], ReplicaGroup] = {}
+        self._groups: dict[tuple[tuple[int, ...], str], ReplicaGroup] = {}
         self.tensors = [
             self._locate(
                 each,
@@ -188,12 +193,19 @@ class ModelShards:
                 f"{named.fqn} is on the meta device: materialise the model (to_empty, then its "
                 "weights) before building an Averager"
             )
-        if is_held and tensor.is_complex():
+        if is_held and (tensor.is_complex() or tensor.dtype not in _AVERAGED_DTYPES):
             raise UnsupportedError(
-                f"{named.fqn} is {tensor.dtype}: complex tensors are not averaged; "
+                f"{named.fqn} is {tensor.dtype}, which cannot be averaged or saved; "
                 f"leave it out with exclude=[{named.fqn!r}]"
             )
         if isinstance(tensor, DTensor):
+            mesh_ranks = tuple(tensor.device_mesh.mesh.flatten().tolist())
+            if mesh_ranks != self._comm.ranks:
+                raise UnsupportedError(
+                    f"{named.fqn} is sharded over the ranks {mesh_ranks} of {self._comm.ranks}: "
+                    "pass process_group= the group of its mesh. Replicas of sharded models (HSDP) "
+                    "are not supported yet"
+                )
             return LiveTensor(
                 named, *_dtensor_part(named.fqn, tensor), is_held, None, is_copied=False
             )
@@ -212,10 +224,10 @@ class ModelShards:
         )
 
     def _replica_group(self, group: dist.ProcessGroup, device: torch.device) -> ReplicaGroup:
-        ranks = tuple(dist.get_process_group_ranks(group))
-        if ranks not in self._groups:
-            self._groups[ranks] = self._comm.replica_group(group, device)
-        return self._groups[ranks]
+        key = tuple(dist.get_process_group_ranks(group)), device.type
+        if key not in self._groups:
+            self._groups[key] = self._comm.replica_group(group, device)
+        return self._groups[key]
 
     def _divide(self) -> None:
         self.pieces: list[tuple[ReplicaGroup, list[list[Shard]]]] = []

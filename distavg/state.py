@@ -31,14 +31,14 @@ def state(
     """The averages' tensors and counters, by reference."""
     clock = [position.steps, position.epochs.numerator, position.epochs.denominator]
     content: OrderedDict[str, Any] = OrderedDict(
-        clock=torch.tensor(clock, dtype=torch.float64), averages={}
+        clock=torch.tensor(clock, dtype=torch.float64, device="cpu"), averages={}
     )
     for average in averages:
         by_name: dict[str, list[Shard]] = {}
         for shard in average.shards():
             by_name.setdefault(shard.fqn, []).append(shard)
         content["averages"][average.name] = {
-            "num_updates": torch.tensor([average.num_updates], dtype=torch.float64),
+            "num_updates": torch.tensor([average.num_updates], dtype=torch.float64, device="cpu"),
             "tensors": {
                 fqn: _global_tensor(tensor, by_name.get(fqn, []), average.dtypes[fqn])
                 for fqn, tensor in model_shards.by_name.items()

@@ -26,7 +26,7 @@ __all__ = ["applied", "make_permanent"]
 logger = logging.getLogger("distavg")
 
 # What a rank announces when it leaves the body of `applied()`: the sum of what happened.
-_WELL, _RAISED, _WROTE = 0, 1, 2
+_WELL, _RAISED, _WROTE, _DAMAGED = 0, 1, 2, 4
 _HAPPENED = {
     _RAISED: "raised an exception",
     _WROTE: "wrote to weights",
@@ -42,6 +42,8 @@ def applied(average: Average, model_shards: ModelShards, comm: Comm) -> Iterator
     and a broadcast of every piece from its owner. Coming back: an all-gather of one integer,
     then the broadcast of the live pieces. A rank whose body raised does not wait for the others,
     unless they need its pieces.
+
+    Before the average's first update nothing is moved; all else is the same.
 
     Raises:
         StateError: A weight was written to inside the body.
@@ -70,11 +72,13 @@ class _Swap:
         self._comm = comm
         self._doing = f"applied({average.name!r})"
         self._moves: list[_Move] = []  # those begun
+        self._is_moved = average.num_updates > 0  # before that, it reads as the live weights
+        self._is_shared = self._is_moved and bool(model_shards.pieces)
         self._versions: list[tuple[LiveTensor, Tensor, int]] = []
 
     def enter(self) -> None:
         """Put the average in place; on a failure of any rank put the live weights back on all."""
-        if self._shards.pieces:
+        if self._is_shared:
             self._shards.check_replicas(self._doing)
         error: Exception | None = None
         try:
@@ -88,7 +92,7 @@ class _Swap:
             self._put_live()
             raise
         try:
-            _share_pieces(self._shards, self._doing)
+            self._share_pieces()
         except BaseException as caught:
             self._put_live()
             self._mark_lost(caught)
@@ -108,14 +112,14 @@ class _Swap:
         self._average.is_applied = False
         error: DistavgError | None = None
         if written:
-            code |= _WROTE
-            error = self._mark_written(written[0])
+            error = self._mark_written(written)
+            code |= _WROTE | (_DAMAGED if self._average.damaged else 0)
         others: dict[int, int] = {}
         try:
             others = self._comm.announce(code, self._doing)
-            _share_pieces(self._shards, self._doing)
+            self._share_pieces()
         except BaseException as lost:
-            if self._shards.pieces:
+            if self._is_shared:
                 self._mark_lost(lost)
             if not isinstance(lost, RankError):
                 raise
@@ -123,29 +127,41 @@ class _Swap:
         if interrupt is not None:
             raise interrupt
         if others:
-            causes = ", ".join(f"rank {rank} {_HAPPENED[c]}" for rank, c in others.items())
+            causes = ", ".join(
+                f"rank {rank} {_HAPPENED[c & (_RAISED | _WROTE)]}" for rank, c in others.items()
+            )
             error = RankError(
                 f"{self._doing}: {causes} inside the body; see its own output. The live weights "
                 "are back in place on this rank"
             )
-            if any(c & _WROTE for c in others.values()):
+            if any(c & _DAMAGED for c in others.values()):
                 self._average.damaged = str(error)
         if error is not None and not code & _RAISED:
             raise error
 
-    def _mark_written(self, tensor: LiveTensor) -> StateError:
-        """Say what became of values that the body wrote to a weight."""
+    def _mark_written(self, written: Sequence[LiveTensor]) -> StateError:
+        """Say what became of values that the body wrote to weights."""
+        damaged = [
+            tensor
+            for tensor in written
+            if self._is_moved
+            and tensor.is_held
+            and self._average.dtypes[tensor.fqn] == tensor.local.dtype
+        ]
+        tensor = (damaged or written)[0]
         text = f"{tensor.fqn} was written to inside {self._doing}, where the average lies. "
-        if not tensor.is_held:
-            text += "It is not averaged, so it stays as it was written"
-        elif self._average.dtypes[tensor.fqn] != tensor.local.dtype:
-            text += "The live weights are restored, and what was written is lost"
-        else:
+        if damaged:
             text += (
                 "The live weights are restored, and what was written is now in the average: load "
                 "a checkpoint, or build a new Averager"
             )
             self._average.damaged = text
+        elif tensor.is_held and self._is_moved:
+            text += "The live weights are restored, and what was written is lost"
+        elif tensor.is_held:
+            text += "The average had no update yet, so the weight stays as it was written"
+        else:
+            text += "It is not averaged, so it stays as it was written"
         logger.error(text)  # the body's own exception, if there is one, hides the StateError
         return StateError(text)
 
@@ -157,7 +173,13 @@ class _Swap:
         )
         logger.error(self._shards.lost)
 
+    def _share_pieces(self) -> None:
+        if self._is_shared:
+            _share_pieces(self._shards, self._doing)
+
     def _put_average(self) -> None:
+        if not self._is_moved:
+            return
         for live, tensor in zip(self._average.live, self._average.tensors, strict=True):
             kind = _Swapped if is_exchanged(live.tensor, tensor) else _Kept
             self._moves.append(kind(live.tensor, tensor))

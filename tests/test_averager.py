@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from checks import (
     MULTI_AVG_FNS,
     RULES,
+    cloned,
     communications,
     differences,
     error_of,
@@ -27,6 +29,9 @@ from checks import (
 from models import Awkward, TokenModel, Uneven, build, set_weights, unwrapped, weights_at
 from ranks import run_ranks
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.optim.swa_utils import AveragedModel
 
 import distavg
@@ -573,3 +578,117 @@ def test_an_iterator_made_outside_and_run_inside_applied_gives_the_average() -> 
 def test_something_that_is_no_module_is_refused() -> None:
     with pytest.raises(ConfigError, match="a function is not a torch"):
         Averager(lambda x: x, EMA())  # type: ignore[arg-type]
+
+
+def build_apart() -> list[str]:
+    rank = dist.get_rank()
+
+    def built(**options: Any) -> str:
+        rules = options.pop("rules", EMA(0.5))
+        return error_of(lambda: Averager(build("ddp", Uneven), rules, **options))
+
+    return [
+        built(rules=EMA(0.5 + rank / 4)),
+        built(clock=Clock(steps_per_epoch=3 + rank)),
+        built(dtype=torch.float64 if rank else None),
+        built(exclude=["experts"] if rank else None),
+    ]
+
+
+def test_ranks_that_build_differently_are_refused() -> None:
+    whats = ["the rules", "the clock", "the dtypes", "the dtypes"]
+    for rank, texts in enumerate(run_ranks(build_apart, 2)):
+        for text, what in zip(texts, whats, strict=True):
+            assert text.startswith(f"ConfigError: building an Averager: {what} on rank {1 - rank}")
+
+
+def apply_before_the_first_update(layout: str) -> tuple[list[str], bool, str, str]:
+    model, averager = trained(layout, Uneven, ())
+    refs = storages(model)
+    before = cloned(refs)
+    model.train()
+    with averager.applied("ema"):
+        model.eval()
+        torch.rand(3)
+        inside = error_of(averager.step)
+
+    def write() -> None:
+        with averager.applied("ema"), torch.no_grad():
+            next(iter(refs.values())).add_(1.0)
+
+    return differences(refs, before), model.training, inside, error_of(write)
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+def test_applied_before_the_first_update_disturbs_nothing_either(layout: str) -> None:
+    for changed, training, inside, written in run_ranks(apply_before_the_first_update, 2, layout):
+        assert changed == []
+        assert training
+        assert inside.startswith("StateError: step() inside applied")
+        assert "had no update yet, so the weight stays as it was written" in written
+
+
+def test_optimizer_steps_inside_also_do_not_count(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    averager = Averager(model, EMA(0.5))
+    averager.attach(optimizer)
+
+    def write(folder: Path) -> None:
+        get_optimizer_state_dict(model, optimizer)  # takes a step, since there is no state yet
+
+    averager.save(tmp_path / "a", also=write)
+    assert averager.step_count == 0
+    again = torch.optim.AdamW(model.parameters())
+    averager.attach(again)
+    averager.load(tmp_path / "a", also=lambda folder: get_optimizer_state_dict(model, again))
+    assert averager.step_count == 0
+
+
+def build_over_a_smaller_mesh() -> str:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard"))["shard"]
+    model = fully_shard(nn.Linear(4, 4), mesh=mesh)
+    return error_of(lambda: Averager(model, EMA()))
+
+
+def test_a_mesh_smaller_than_the_group_is_refused() -> None:
+    for text in run_ranks(build_over_a_smaller_mesh, 4):
+        assert "pass process_group= the group of its mesh" in text
+
+
+def test_dtypes_that_cannot_be_saved_are_refused() -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("ids", torch.zeros(2, dtype=torch.uint16))
+    with pytest.raises(UnsupportedError, match=r"ids is torch.uint16, which cannot be averaged"):
+        Averager(model, EMA(), buffers="copied")
+    Averager(model, EMA())
+
+
+@pytest.mark.parametrize(
+    "options", [{"dtype": "float32"}, {"clock": 10}, {"rules": {1: EMA()}}, {"rules": None}]
+)
+def test_arguments_of_the_wrong_type_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        Averager(nn.Linear(2, 2), options.pop("rules", EMA()), **options)
+
+
+def test_an_averager_that_is_gone_gives_its_group_back() -> None:
+    run_ranks(build_many_averagers, 2)
+
+
+def build_many_averagers() -> None:
+    def open_files() -> int:
+        gc.collect()
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    model = nn.Linear(2, 2)
+    counts = []
+    for _ in range(6):
+        Averager(model, EMA())
+        counts.append(open_files())
+    assert counts[-1] <= counts[1], counts
+
+
+def test_loading_the_latest_of_nothing_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"latest\(\) found no checkpoint"):
+        Averager(nn.Linear(2, 2), EMA()).load(distavg.latest(tmp_path))

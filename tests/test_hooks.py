@@ -302,3 +302,21 @@ def test_a_compiled_model_steps_as_well() -> None:
         oracle.update_parameters(model)
         assert wrong(averager, oracle) == []
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("skipped", [0, 1])
+def test_a_skipped_step_of_one_of_two_optimizers_does_not_make_the_others_stale(
+    skipped: int,
+) -> None:
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
+    optimizers = [torch.optim.SGD(layer.parameters(), lr=1.0) for layer in model]
+    averager = Averager(model, EMA(0.0))  # the average is the latest sample
+    averager.attach(*optimizers)
+    for step in range(4):
+        for number, (layer, optimizer) in enumerate(zip(model, optimizers, strict=True)):
+            layer.weight.grad = torch.ones_like(layer.weight)
+            if step != 1 or number != skipped:  # as GradScaler does after an overflow
+                optimizer.step()
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    assert differences(averager.full_state_dict(), expected) == []
+    assert averager.step_count == 3

@@ -168,7 +168,7 @@ def test_a_record_is_plain_and_named_by_kind() -> None:
         ({"kind": "lawa"}, "not a rule of this release: {'kind': 'lawa'}"),
         ({"kind": []}, "not a rule of this release"),
         ({"kind": "swa", "decay": 0.9}, "not a rule of this release"),
-        ({"kind": "ema", "decay": "much"}, "not a rule of this release"),
+        ({"kind": "ema", "decay": "much"}, "decay must be in [0, 1], not 'much'"),
         ({"kind": "ema", "decay": 2}, "decay must be in"),
     ],
 )

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 import distavg
 from distavg import Averager
+from distavg.checkpoint import save as save_module
 from distavg.checkpoint.manifest import read_manifest
 from distavg.errors import (
     CheckpointCorrupt,
@@ -261,8 +263,8 @@ def test_options_that_cannot_be(tmp_path: Path) -> None:
     assert str(unsupported.value) == (
         "save(block=False) is not in this release: save with block=True"
     )
-    for keep in (0, -1):
-        with pytest.raises(ConfigError, match=f"keep={keep} would remove the checkpoint itself"):
+    for keep in (0, -1, "2"):
+        with pytest.raises(ConfigError, match=f"keep={keep!r} is not a number of checkpoints"):
             averager.save(tmp_path / "a", keep=keep)
     assert tree(tmp_path) == {}
 
@@ -718,3 +720,78 @@ def test_buffers_are_rank_0s(tmp_path: Path) -> None:
         assert [file.name.split("-")[1] for file, _ in places[name]] == ["00001"]
     assert average.tensors["calls"].dtype == "int64"
     assert average.tensors["mask"].dtype == "bool"
+
+
+def test_keep_spares_what_the_run_was_started_from(tmp_path: Path) -> None:
+    _, averager = trained("plain", Uneven)
+    averager.save(tmp_path / "base")
+    _, forked = trained("plain", Uneven, ())
+    forked.load(tmp_path / "base")
+    for step in range(3):
+        forked.step()
+        forked.save(tmp_path / f"fork-{step}", keep=1)
+    assert {each.name for each in tmp_path.iterdir()} == {"base", "fork-2"}
+
+
+def test_keep_leaves_links_alone(tmp_path: Path) -> None:
+    _, averager = trained("plain", Uneven)
+    averager.save(tmp_path / "a")
+    averager.save(tmp_path / "b")
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    averager.save(tmp_path / "c", keep=2)
+    assert {each.name for each in tmp_path.iterdir()} == {"b", "c", "link"}
+
+
+def test_a_target_that_keep_was_removing_when_it_died_can_be_saved_to(tmp_path: Path) -> None:
+    _, averager = trained("plain", Uneven)
+    averager.save(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+
+    def die(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with (
+        mock.patch.object(save_module, "_clean", die),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        save_module._prune(
+            save_module.SaveRequest(
+                tmp_path / "b", averager._id, 0, Fraction(0), False, 1, None, None
+            ),
+            0,
+        )
+    assert not (tmp_path / "a" / "manifest.json").exists()
+    averager.save(tmp_path / "a")
+    averager.load(tmp_path / "a")
+
+
+def test_too_little_room_is_found_before_anything_is_written(tmp_path: Path) -> None:
+    _, averager = trained("plain", Uneven)
+    usage = shutil.disk_usage(tmp_path)._replace(free=10)
+    with (
+        mock.patch.object(shutil, "disk_usage", return_value=usage),
+        pytest.raises(CheckpointError, match=r"needs [\d,]+ bytes, and 10 are free"),
+    ):
+        averager.save(tmp_path / "a")
+    averager.save(tmp_path / "a")
+
+
+def save_apart(root: str) -> list[str]:
+    _, averager = trained("ddp", Uneven)
+    if dist.get_rank() == 1:
+        averager.update("ema")
+    errors = [error_of(averager.save, Path(root) / "a")]
+
+    def body() -> None:
+        with averager.applied("ema"):
+            raise AssertionError("must not run")
+
+    return [*errors, error_of(body)]
+
+
+def test_ranks_that_have_updated_differently_are_found(tmp_path: Path) -> None:
+    for texts in run_ranks(save_apart, 2, str(tmp_path)):
+        for text in texts:
+            assert text.startswith("StateError: ")
+            assert "ranks [1] have made other updates or steps than rank 0" in text
+    assert tree(tmp_path) == {}

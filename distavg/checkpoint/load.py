@@ -48,7 +48,7 @@ class LoadPlan:
         Raises:
             CheckpointCorrupt: A file was torn or spoiled after all; memory is half filled.
         """
-        buffer = torch.empty(BUFFER_BYTES, dtype=torch.uint8)
+        buffer = torch.empty(BUFFER_BYTES, dtype=torch.uint8, device="cpu")
         for average in averages:
             source = self.sources.get(average.name)
             if source is None:
@@ -126,7 +126,7 @@ def verify_checkpoint(path: Path, progress: Callable[[int], object] = lambda nby
         CheckpointCorrupt: Names the file, the tensor and the block.
     """
     manifest = read_manifest(path)
-    buffer = torch.empty(BUFFER_BYTES, dtype=torch.uint8)
+    buffer = torch.empty(BUFFER_BYTES, dtype=torch.uint8, device="cpu")
     total = 0
     for name, average in manifest.averages.items():
         if fault := average.fault():

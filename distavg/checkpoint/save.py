@@ -3,8 +3,9 @@
 1. Rank 0 checks the target, picks the save id and the folders, makes them, tells the others.
 2. Every rank writes and flushes its files. A vote.
 3. `also=` runs on every rank. A vote.
-4. Rank 0 gathers what was written, proves that every tensor is covered exactly once, and renames
-   the manifest into place. A vote.
+4. Rank 0 gathers what was written, proves that every tensor is covered exactly once, and writes
+   the manifest beside its place. A vote.
+5. Rank 0 renames the manifest into place: the commit. Then it removes what was replaced. A vote.
 
 On any failure every rank raises, and rank 0 removes what was written. While a save is under way
 the target holds a marker that lists its folders and those that it replaces: a save that died leaves
@@ -12,6 +13,7 @@ it, and the next save to the same path removes the folders that are not committe
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -80,6 +82,7 @@ class SaveRequest:
         overwrite: Whether a committed checkpoint at the path may be replaced.
         keep: After the commit, keep this many newest checkpoints of this run beside it.
         also: Called on every rank with a folder that becomes visible with the commit.
+        spared: The save that the run went on from; `keep` does not remove it.
     """
 
     path: Path
@@ -89,6 +92,7 @@ class SaveRequest:
     overwrite: bool
     keep: int | None
     also: Also | None
+    spared: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +129,13 @@ def save(
     prepared: _Target | None = None
     with comm.together(doing), _as_checkpoint_error(request.path):
         if comm.rank == 0:
-            prepared = _prepare(request, [average.name for average in averages])
+            nbytes = sum(
+                math.prod(tensor.global_shape) * average.dtypes[tensor.fqn].itemsize
+                for average in averages
+                for tensor in model_shards.tensors
+                if tensor.is_held
+            )
+            prepared = _prepare(request, [average.name for average in averages], nbytes)
     target = cast(_Target, comm.broadcast(prepared, doing))
     try:
         records: dict[str, list[SavedFile]] = {}
@@ -134,22 +144,22 @@ def save(
             for average in averages:
                 records[average.name] = _write(request, target, average, model_shards, comm)
         if request.also is not None:
-            with comm.together(doing):
-                call_also(request.also, request.path / str(target.extra_folder))
+            with comm.together(doing), _as_checkpoint_error(request.path):
+                folder = request.path / str(target.extra_folder)
+                call_also(request.also, folder)
+                _fsync_tree(folder)  # here, because no other host can flush this one's cache
         gathered = comm.gather_to_first(records, doing)
         with comm.together(doing), _as_checkpoint_error(request.path):
             if gathered is not None:
-                _commit(request, target, averages, model_shards, gathered)
+                _write_manifest(request, target, averages, model_shards, gathered)
     except BaseException:
         if comm.rank == 0:
             with suppress(OSError):  # what cannot be removed now, the next save will remove
                 _clean(request.path)
         raise
-    with comm.together(f"tidying up after {doing}"), _as_checkpoint_error(request.path):
+    with comm.together(doing):
         if comm.rank == 0:
-            _clean(request.path)
-            if request.keep is not None:
-                _prune(request, request.keep)
+            _commit(request, target)
 
 
 def call_also(also: Also, folder: Path) -> None:
@@ -180,7 +190,7 @@ def committed(root: Path) -> list[tuple[Path, Manifest]]:
     return sorted(found, key=lambda each: (each[1].committed_at, each[1].steps))
 
 
-def _prepare(request: SaveRequest, names: Sequence[str]) -> _Target:
+def _prepare(request: SaveRequest, names: Sequence[str], nbytes: int) -> _Target:
     """Check the target and make its folders. Rank 0."""
     path = request.path
     replaces = None
@@ -199,21 +209,28 @@ def _prepare(request: SaveRequest, names: Sequence[str]) -> _Target:
         raise CheckpointExists(
             f"{path} is not empty and is not a checkpoint: save to a path of its own"
         )
-    path.mkdir(parents=True, exist_ok=True)
-    taken = {MANIFEST_NAME, *(entry.name for entry in path.iterdir())}
-    folders = {name: _free_name(name, taken) for name in names}
-    extra = _free_name(_EXTRA_NAME, taken) if request.also is not None else None
-    made = [*folders.values(), *([extra] if extra is not None else [])]
-    marker = path / _MARKER_NAME
+    missing = [each for each in (path, *path.absolute().parents) if not each.exists()]
     replaced = replaces.folders if replaces is not None else []
     try:
-        marker.write_text(json.dumps(made + replaced), encoding="utf-8")
-        fsync_path(marker)
-        fsync_path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        for each in missing:
+            fsync_path(each.absolute().parent)
+        free_bytes = shutil.disk_usage(path).free
+        if free_bytes < nbytes:
+            raise CheckpointError(f"{path} needs {nbytes:,} bytes, and {free_bytes:,} are free")
+        taken = {MANIFEST_NAME, *(entry.name for entry in path.iterdir())}
+        folders = {name: _free_name(name, taken) for name in names}
+        extra = _free_name(_EXTRA_NAME, taken) if request.also is not None else None
+        made = [*folders.values(), *([extra] if extra is not None else [])]
+        _write_marker(path, made + replaced)
         for folder in made:
             (path / folder).mkdir()
-    except OSError:
-        _clean(path)
+        fsync_path(path)
+    except (OSError, CheckpointError):
+        with suppress(OSError):
+            _clean(path)
+        with suppress(OSError):
+            path.rmdir()  # which fails, as it should, if there is something in it
         raise
     return _Target(uuid.uuid4().hex, folders, extra)
 
@@ -256,14 +273,14 @@ def _write(
     return files
 
 
-def _commit(
+def _write_manifest(
     request: SaveRequest,
     target: _Target,
     averages: Sequence[Average],
     model_shards: ModelShards,
     gathered: Sequence[Mapping[str, Sequence[SavedFile]]],
 ) -> None:
-    """Prove the cover and rename the manifest into place. Rank 0."""
+    """Prove the cover and write the manifest beside its place. Rank 0."""
     saved = {
         average.name: _saved_average(
             average,
@@ -286,16 +303,40 @@ def _commit(
         averages=saved,
         extra_folder=target.extra_folder,
     )
-    if target.extra_folder is not None:
-        for parent, _, files in os.walk(request.path / target.extra_folder):
-            for entry in [*files, "."]:
-                fsync_path(Path(parent) / entry)
-    temporary = request.path / f"{_TEMPORARY_PREFIX}{target.save_id}"
-    temporary.write_bytes(manifest.to_bytes())
+    content = manifest.to_bytes()
+    Manifest.from_bytes(content)  # what cannot be read back must not replace what can
+    temporary = _temporary(request.path, target)
+    temporary.write_bytes(content)
     fsync_path(temporary)
-    temporary.rename(request.path / MANIFEST_NAME)
-    fsync_path(request.path)
-    fsync_path(request.path.absolute().parent)
+
+
+def _commit(request: SaveRequest, target: _Target) -> None:
+    """Rename the manifest into place, and tidy up. Rank 0."""
+    try:
+        _temporary(request.path, target).rename(request.path / MANIFEST_NAME)
+    except OSError as error:
+        with suppress(OSError):
+            _clean(request.path)
+        raise CheckpointError(f"{request.path} could not be committed: {error}") from error
+    try:
+        fsync_path(request.path)
+        _clean(request.path)
+        if request.keep is not None:
+            _prune(request, request.keep)
+    except OSError as error:
+        raise CheckpointError(
+            f"{request.path} is committed, but what follows a commit failed: {error}"
+        ) from error
+
+
+def _temporary(path: Path, target: _Target) -> Path:
+    return path / f"{_TEMPORARY_PREFIX}{target.save_id}"
+
+
+def _fsync_tree(folder: Path) -> None:
+    for parent, _, files in os.walk(folder):
+        for entry in [*files, "."]:
+            fsync_path(Path(parent, entry))
 
 
 def _saved_average(
@@ -331,6 +372,7 @@ def _write_index(root: Path, average: SavedAverage) -> None:
     path = root / average.folder / "model.safetensors.index.json"
     path.write_text(json.dumps(index, indent=1), encoding="utf-8")
     fsync_path(path)
+    fsync_path(path.parent)
 
 
 def _clean(path: Path) -> None:
@@ -344,17 +386,21 @@ def _clean(path: Path) -> None:
         return
     except ValueError:
         listed = []  # the marker itself was torn, before any folder was made
+    listed = listed if isinstance(listed, list) else []
     try:
         kept = set(read_manifest(path).folders)
     except CheckpointNotFound:
         kept = set()
-    for folder in listed:
-        if folder not in kept and re.fullmatch(FOLDER_PATTERN, folder):
-            shutil.rmtree(path / folder, ignore_errors=True)
-    for stale in [*path.glob(f"{_TEMPORARY_PREFIX}*"), path / _MARKER_NAME]:
-        stale.unlink(missing_ok=True)
-    if not any(path.iterdir()):
-        path.rmdir()
+    names = [name for name in listed if type(name) is str and re.fullmatch(FOLDER_PATTERN, name)]
+    dead = [path / name for name in names if name not in kept]
+    for folder in dead:
+        shutil.rmtree(folder, ignore_errors=True)
+    for stale in path.glob(f"{_TEMPORARY_PREFIX}*"):
+        stale.unlink()
+    if not any(folder.exists() for folder in dead):  # or else a later save tries again
+        (path / _MARKER_NAME).unlink()
+        if not any(path.iterdir()):
+            path.rmdir()
 
 
 def _prune(request: SaveRequest, keep: int) -> None:
@@ -362,15 +408,25 @@ def _prune(request: SaveRequest, keep: int) -> None:
 
     The one just saved counts as the newest, whatever time the clocks of other machines gave.
     """
-    others = [
+    run = [
         (path, manifest)
         for path, manifest in committed(request.path.absolute().parent)
-        if manifest.averager_id == request.averager_id and not path.samefile(request.path)
+        if manifest.averager_id == request.averager_id and not path.is_symlink()
     ]
-    for path, manifest in others[: max(0, len(others) + 1 - keep)]:
+    removable = [
+        (path, manifest)
+        for path, manifest in run
+        if manifest.save_id != request.spared and not path.samefile(request.path)
+    ]
+    for path, manifest in removable[: max(0, len(run) - keep)]:
+        _write_marker(path, manifest.folders)  # a crash from here on leaves no orphans
         (path / MANIFEST_NAME).unlink()
         fsync_path(path)
-        for folder in manifest.folders:
-            shutil.rmtree(path / folder, ignore_errors=True)
-        if not any(path.iterdir()):
-            path.rmdir()
+        _clean(path)
+
+
+def _write_marker(path: Path, folders: Sequence[str]) -> None:
+    marker = path / _MARKER_NAME
+    marker.write_text(json.dumps(folders), encoding="utf-8")
+    fsync_path(marker)
+    fsync_path(path)
