@@ -10,10 +10,10 @@ model = torch.nn.Linear(8, 1)
 if dist.is_torchelastic_launched():
     dist.init_process_group("gloo")
     model = torch.nn.parallel.DistributedDataParallel(model)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.manual_seed(dist.get_rank())  # other data on each rank
+optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
 averager = distavg.Averager(model, distavg.EMA(decay=0.95))
 averager.attach(optimizer)
-
 for _ in range(100):  # learn to add up eight numbers from noisy answers
     x = torch.randn(16, 8)
     loss = (model(x) - x.sum(1, keepdim=True) - torch.randn(16, 1)).square().mean()

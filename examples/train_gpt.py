@@ -137,7 +137,10 @@ def now(device: torch.device) -> float:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--parallel", choices=["fsdp2", "ddp", "none"], default="none")
+    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    parser.add_argument(
+        "--parallel", choices=["fsdp2", "ddp", "none"], default="none" if is_alone else "fsdp2"
+    )
     parser.add_argument("--save", type=Path, help="checkpoint to write at the end")
     parser.add_argument("--resume", type=Path, help="checkpoint to go on from")
     parser.add_argument("--steps", type=int, default=300, help="those before the resume included")
@@ -148,7 +151,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if (args.parallel == "none") != (os.environ.get("WORLD_SIZE", "1") == "1"):
+    if (args.parallel == "none") != is_alone:
         parser.error("--parallel fsdp2 and ddp want several ranks under torchrun, none wants one")
     if args.save and args.save.exists():
         parser.error(f"--save {args.save}: there is something there already")
@@ -176,10 +179,13 @@ def main() -> None:
     }
     averager = distavg.Averager(model, rules, clock=distavg.Clock(max_duration=f"{args.steps}ba"))
     if args.resume:
-        state = training_state(model, optimizer)
-        dcp.load(state, checkpoint_id=args.resume / "train")
-        set_state_dict(model, optimizer, **state)
-        averager.load(args.resume)
+
+        def restore(folder: Path) -> None:
+            state = training_state(model, optimizer)
+            dcp.load(state, checkpoint_id=folder)
+            set_state_dict(model, optimizer, **state)
+
+        averager.load(args.resume, also=restore)
         print_checksums(averager, rank)
 
     text = read_text(held_out=False)

@@ -32,16 +32,14 @@ def checksums(output: str) -> list[str]:
 
 
 def test_the_quickstart_on_one_process_and_on_two(tmp_path: Path) -> None:
-    # The same seed on every rank, so the same weights as on one process. Lines of two ranks mix.
-    errors = [
-        set(re.findall(r"\d\.\d+", run(ranks, "quickstart.py", cwd=tmp_path))) for ranks in (1, 2)
-    ]
-    assert errors[0] == errors[1]
-    assert len(errors[0]) == 2
+    for ranks in (1, 2):
+        output = run(ranks, "quickstart.py", cwd=tmp_path)
+        live, average = sorted({float(n) for n in re.findall(r"\d\.\d+", output)}, reverse=True)
+        assert average < live / 2
 
 
 def test_a_run_saved_on_two_ranks_resumes_on_three_and_on_one(tmp_path: Path) -> None:
-    saved = run(2, "train_gpt.py", "--parallel=fsdp2", "--save=gpt", *TINY, cwd=tmp_path)
+    saved = run(2, "train_gpt.py", "--save=gpt", *TINY, cwd=tmp_path)
     assert len(checksums(saved)) == 2
     three = run(3, "train_gpt.py", "--parallel=ddp", "--resume=gpt", *TINY, cwd=tmp_path)
     assert checksums(three) == checksums(saved)
