@@ -65,30 +65,42 @@ class Lerp:
 
 
 class Exchange:
-    """The values of two tensors of one shape, dtype and device, exchanged chunk by chunk.
+    """The values of pairs of tensors, exchanged in place through one bounded buffer.
 
-    It can be interrupted at any instant (Ctrl-C) and taken up again: each of a chunk's three
+    It can be interrupted at any instant (Ctrl-C) and taken up again: each of a batch's three
     copies may be repeated, because none writes its own source, and counts only when it is done.
+
+    Args:
+        pairs: Tensors of equal shapes, all of one dtype and device.
     """
 
-    def __init__(self, a: Tensor, b: Tensor) -> None:
-        self._chunks = list(chunks((a, b), _chunk_elements(a)))
+    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         self._num_copies = 0
-        self._buffer: Tensor | None = None
+        self._batches: list[tuple[list[Tensor], list[Tensor], list[Tensor]]] = []
+        if not pairs:
+            return
+        limit = _chunk_elements(pairs[0][0])
+        parts = [part for pair in pairs for part in chunks(pair, limit)]
+        buffer = pairs[0][0].new_empty(min(limit, sum(a.numel() for a, _ in parts)))
+        used = 0
+        for a, b in parts:
+            if not self._batches or used + a.numel() > limit:
+                self._batches.append(([], [], []))
+                used = 0
+            saved = buffer[used : used + a.numel()].view(a.shape)
+            used += a.numel()
+            for tensors, tensor in zip(self._batches[-1], (saved, a, b), strict=True):
+                tensors.append(tensor)
 
     @torch.no_grad()
     def run(self) -> None:
         """Do what is left to do."""
-        while self._num_copies < 3 * len(self._chunks):
+        while self._num_copies < 3 * len(self._batches):
             index, phase = divmod(self._num_copies, 3)
-            a, b = self._chunks[index]
-            if self._buffer is None:
-                self._buffer = a.new_empty(max(part.numel() for part, _ in self._chunks))
-            saved = self._buffer[: a.numel()].view(a.shape)
+            saved, a, b = self._batches[index]
             target, source = ((saved, a), (a, b), (b, saved))[phase]
-            target.copy_(source)
+            torch._foreach_copy_(target, source)
             self._num_copies += 1
-        self._buffer = None
 
 
 def chunks(tensors: tuple[Tensor, ...], max_elements: int) -> Iterator[tuple[Tensor, ...]]:

@@ -180,10 +180,22 @@ class _Swap:
     def _put_average(self) -> None:
         if not self._is_moved:
             return
-        for live, tensor in zip(self._average.live, self._average.tensors, strict=True):
-            kind = _Swapped if is_exchanged(live.tensor, tensor) else _Kept
-            self._moves.append(kind(live.tensor, tensor))
-            self._moves[-1].go()
+        exchanged: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
+        kept: list[tuple[Tensor, Tensor]] = []
+        for live, average in zip(self._average.live, self._average.tensors, strict=True):
+            if is_exchanged(live.tensor, average):
+                key = average.device, average.dtype
+                exchanged.setdefault(key, []).append((live.tensor, average))
+            else:
+                kept.append((live.tensor, average))
+        if kept:
+            self._begin(_Kept(kept))
+        for pairs in exchanged.values():
+            self._begin(_Swapped(pairs))
+
+    def _begin(self, move: "_Move") -> None:
+        self._moves.append(move)
+        move.go()
 
     def _put_live(self) -> BaseException | None:
         """Undo what was begun, to the end; return the interrupt (Ctrl-C) that came meanwhile."""
@@ -203,7 +215,7 @@ class _Swap:
 
 
 class _Move(Protocol):
-    """One shard's way there and back. Both can be interrupted and called again."""
+    """The way of some shards there and back. Both can be interrupted and called again."""
 
     def go(self) -> None: ...
 
@@ -213,30 +225,38 @@ class _Move(Protocol):
 class _Swapped:
     """The live values wait in the average's memory."""
 
-    def __init__(self, live: Tensor, average: Tensor) -> None:
-        self._there, self._back = Exchange(live, average), Exchange(live, average)
+    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self._pairs = pairs
+        self._there: Exchange | None = Exchange(pairs)
+        self._back: Exchange | None = None
 
     def go(self) -> None:
-        self._there.run()
+        if self._there is not None:
+            self._there.run()
+            self._there = None  # and its buffer
 
     def come_back(self) -> None:
+        if self._back is None:
+            self._back = Exchange(self._pairs)
         self._back.run()
 
 
 class _Kept:
-    """The live values wait in a copy, because the average has another dtype."""
+    """The live values wait in copies, because their averages have another dtype."""
 
-    def __init__(self, live: Tensor, average: Tensor) -> None:
-        self._live, self._average = live, average
-        self._copy = live.clone()
+    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self._lives, self._averages = [live for live, _ in pairs], [each for _, each in pairs]
+        self._copies = [live.clone() for live in self._lives]
 
-    @torch.no_grad()
     def go(self) -> None:
-        self._live.copy_(self._average)
+        self._copy(self._averages)
+
+    def come_back(self) -> None:
+        self._copy(self._copies)
 
     @torch.no_grad()
-    def come_back(self) -> None:
-        self._live.copy_(self._copy)
+    def _copy(self, sources: list[Tensor]) -> None:
+        torch._foreach_copy_(self._lives, sources)
 
 
 @torch.no_grad()

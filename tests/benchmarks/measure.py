@@ -1,11 +1,12 @@
 """Side-by-side timing: every contestant once a round, in turn, so that all see the same machine."""
 
+import argparse
 import json
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +82,28 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write(path: Path | None, results: Mapping[str, Any]) -> None:
-    """Print the machine and, if asked, write everything as JSON."""
-    print("\n" + ", ".join(f"{key}: {value}" for key, value in machine().items()))
-    if path is not None:
-        path.write_text(json.dumps({"machine": machine(), **results}, indent=1) + "\n")
+def main(
+    doc: str,
+    names: Iterable[str],
+    compare: Callable[[str, int], list[dict[str, Any]]],
+    *,
+    default_rounds: int,
+) -> None:
+    """Run `compare(name, rounds)` for every workload; print the machine, and write all as JSON."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=default_rounds)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("gloo")
+    results = {name: compare(name, arguments.rounds) for name in names}
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print("\n" + ", ".join(f"{key}: {value}" for key, value in machine().items()))
+        if arguments.json is not None:
+            content = {"machine": machine(), "rounds": arguments.rounds, **results}
+            arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def resident_bytes(field: str) -> int:

@@ -8,8 +8,6 @@ the live weights back is three copies; an exchange in both directions moves each
 Under torchrun the model is wrapped in DDP, and the pieces also travel between the ranks both ways.
 """
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import measure
@@ -52,19 +50,5 @@ def compare(name: str, count: int) -> list[dict[str, Any]]:
     return table
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    if dist.is_torchelastic_launched():
-        dist.init_process_group("gloo")
-    results = {name: compare(name, arguments.rounds) for name in WORKLOADS}
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        measure.write(arguments.json, results)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    measure.main(__doc__, WORKLOADS, compare, default_rounds=31)

@@ -8,8 +8,6 @@ model is wrapped in DDP; AveragedModel keeps and updates a full replica on every
 part, and the bytes are those of rank 0's averages.
 """
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import measure
@@ -58,19 +56,5 @@ def compare(name: str, count: int) -> list[dict[str, Any]]:
     return table
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=41)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    if dist.is_torchelastic_launched():
-        dist.init_process_group("gloo")
-    results = {name: compare(name, arguments.rounds) for name in WORKLOADS}
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        measure.write(arguments.json, results)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    measure.main(__doc__, WORKLOADS, compare, default_rounds=41)
