@@ -110,12 +110,6 @@ def held_out_loss(model: nn.Module, batch: Tensor, rank: int, world_size: int) -
     return total.item() / batch[:, 1:].numel()
 
 
-def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
-    """What set_state_dict() takes; torch.distributed.checkpoint reads and writes it in place."""
-    weights, state = get_state_dict(model, optimizer)
-    return {"model_state_dict": weights, "optim_state_dict": state}
-
-
 def print_checksums(averager: distavg.Averager, rank: int) -> None:
     """For each average a hash over names and whole tensors: the same whatever the layout."""
     for name in averager.names:
@@ -136,24 +130,18 @@ def now(device: torch.device) -> float:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    parser.add_argument(
-        "--parallel", choices=["fsdp2", "ddp", "none"], default="none" if is_alone else "fsdp2"
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    layouts = ["none"] if is_alone else ["fsdp2", "ddp"]
+    parser.add_argument("--parallel", choices=layouts, default=layouts[0])
     parser.add_argument("--save", type=Path, help="checkpoint to write at the end")
     parser.add_argument("--resume", type=Path, help="checkpoint to go on from")
     parser.add_argument("--steps", type=int, default=300, help="those before the resume included")
-    parser.add_argument("--batch", type=int, default=4, help="sequences in a step of one rank")
-    parser.add_argument("--context", type=int, default=128, help="bytes in a sequence")
-    parser.add_argument("--width", type=int, default=160, help="a multiple of 32, the heads' width")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    sizes = {"batch": 4, "context": 128, "width": 160, "layers": 4, "lr": 2e-3, "seed": 0}
+    for name, default in sizes.items():  # batch: sequences a rank; width: a multiple of 32
+        parser.add_argument(f"--{name}", type=type(default), default=default)
     args = parser.parse_args()
-    if (args.parallel == "none") != is_alone:
-        parser.error("--parallel fsdp2 and ddp want several ranks under torchrun, none wants one")
-    if args.save and args.save.exists():
+    if args.save and args.save.exists():  # known now, not after the training
         parser.error(f"--save {args.save}: there is something there already")
     return args
 
@@ -181,9 +169,9 @@ def main() -> None:
     if args.resume:
 
         def restore(folder: Path) -> None:
-            state = training_state(model, optimizer)
-            dcp.load(state, checkpoint_id=folder)
-            set_state_dict(model, optimizer, **state)
+            weights, state = get_state_dict(model, optimizer)
+            dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder)
+            set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
 
         averager.load(args.resume, also=restore)
         print_checksums(averager, rank)
@@ -213,7 +201,7 @@ def main() -> None:
     progress.close()
 
     if args.save:
-        state = training_state(model, optimizer)
+        state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
         averager.save(args.save, also=lambda folder: dcp.save(state, checkpoint_id=folder))
         print_checksums(averager, rank)
 
