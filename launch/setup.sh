@@ -49,8 +49,9 @@ setup() { # extras
     command -v "$host" >/dev/null || fail "there is no $host; set PYTHON to a Python >= 3.10"
     "$host" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
         fail "$host is $("$host" --version 2>&1); set PYTHON to a Python >= 3.10"
-    if [[ $("$host" -c 'import sys; print(sys.prefix)') -ef .venv ]]; then # it is activated
-        host=$("$host" -c 'import sys; print(sys._base_executable)')
+    host=$(command -v "$host")
+    if [[ -f .venv/.host && $("$host" -c 'import sys; print(sys.prefix)') -ef .venv ]]; then
+        host=$(<.venv/.host) # .venv is activated: what it was made from counts
     fi
     host_torch=$(torch_of "$host")
     wanted="$PWD $(base_of "$host") ${host_torch:-own torch}
@@ -64,10 +65,14 @@ $(cat "$constraints" pyproject.toml launch/setup.sh | cksum)"
     if [[ $(base_of "$python") != "$(base_of "$host")" ||
         -n $host_torch && $(torch_of "$python") != "$host_torch" ]]; then
         say "making .venv from $host ($("$host" --version))"
-        "$host" -m venv --clear ${host_torch:+--system-site-packages} .venv ||
+        local is_venv site_packages=
+        is_venv=$("$host" -c 'import sys; print(sys.prefix != sys.base_prefix)')
+        # Over a virtual environment --system-site-packages would mean its base's packages.
+        [[ -n $host_torch && $is_venv = False ]] && site_packages=--system-site-packages
+        "$host" -m venv --clear $site_packages .venv ||
             fail "$host -m venv failed; on Debian and Ubuntu it needs the package python3-venv"
-        if [[ $(torch_of "$python") != "$host_torch" ]]; then
-            # $host is a virtual environment, and --system-site-packages means its base's packages.
+        printf '%s' "$host" >.venv/.host
+        if [[ -n $host_torch && $is_venv = True ]]; then
             "$host" -c 'import site; print(*site.getsitepackages(), sep="\n")' \
                 >"$("$python" -c 'import site; print(site.getsitepackages()[0])')/host.pth"
         fi
