@@ -20,54 +20,52 @@ import torch.nn.functional as F  # noqa: N812 -- its usual name
 import xxhash
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import distavg
 
+LAYERS, WIDTH, HEAD = 4, 160, 32
+CONTEXT, BATCH, HELD_OUT = 128, 4, 128  # bytes of a sequence; sequences of a step, of a test
+
 
 def rotate(x: Tensor) -> Tensor:
-    """Rotary position embedding of (batch, heads, length, dim)."""
-    length, half = x.shape[-2], x.shape[-1] // 2
-    frequencies = 1000.0 ** (-torch.arange(half, device=x.device) / half)
-    angles = torch.arange(length, device=x.device)[:, None] * frequencies
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()], -1)
+    """Rotary position embedding of (batch, heads, length, HEAD)."""
+    rates = 1000.0 ** -torch.linspace(0, 1, HEAD // 2)
+    angles = torch.outer(torch.arange(x.shape[-2]), rates).to(x.device)
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
 
 
 class Block(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(width)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.attention_out = nn.Linear(width, width, bias=False)
-        self.mlp_norm = nn.RMSNorm(width)
-        self.mlp_in = nn.Linear(width, 4 * width, bias=False)
-        self.mlp_out = nn.Linear(4 * width, width, bias=False)
+        self.attention_norm = nn.RMSNorm(WIDTH)
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
+        self.attention_out = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.mlp_norm = nn.RMSNorm(WIDTH)
+        self.mlp_in = nn.Linear(WIDTH, 4 * WIDTH, bias=False)
+        self.mlp_out = nn.Linear(4 * WIDTH, WIDTH, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        qkv = self.qkv(self.attention_norm(x)).view(batch, length, 3, width // 32, 32)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, length, 32)
+        heads = self.qkv(self.attention_norm(x)).unflatten(-1, (-1, 3, HEAD))
+        q, k, v = heads.permute(3, 0, 2, 1, 4)  # each (batch, heads, length, HEAD)
         attended = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
-        x = x + self.attention_out(attended.transpose(1, 2).reshape(batch, length, width))
+        x = x + self.attention_out(attended.transpose(1, 2).flatten(2))
         return x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
 
 
 class GPT(nn.Module):
-    def __init__(self, width: int, layers: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(256, width)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
-        self.norm = nn.RMSNorm(width)
-        self.head = nn.Linear(width, 256, bias=False)
+        self.embedding = nn.Embedding(256, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
+        self.norm = nn.RMSNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, 256, bias=False)
         for name, weight in self.named_parameters():
-            if name.endswith("_out.weight"):
-                nn.init.zeros_(weight)  # every block starts as the identity
-            elif weight.dim() == 2:
-                nn.init.normal_(weight, std=width**-0.5)
+            if weight.dim() == 2:  # every block starts as the identity
+                nn.init.normal_(weight, std=0.0 if name.endswith("_out.weight") else WIDTH**-0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)
@@ -76,12 +74,11 @@ class GPT(nn.Module):
         return self.head(self.norm(x))
 
 
-def parallelize(model: GPT, kind: str, device: torch.device) -> nn.Module:
+def parallelize(model: GPT, kind: str) -> nn.Module:
     if kind == "fsdp2":
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         for block in model.blocks:
-            fully_shard(block, mesh=mesh)
-        return fully_shard(model, mesh=mesh)
+            fully_shard(block)
+        return fully_shard(model)
     return DistributedDataParallel(model) if kind == "ddp" else model
 
 
@@ -92,80 +89,53 @@ def read_text(*, held_out: bool) -> Tensor:
     return torch.frombuffer(bytearray(b"\n".join(files)), dtype=torch.uint8)
 
 
-def cut(text: Tensor, starts: Tensor, context: int) -> Tensor:
-    return text[starts[:, None] + torch.arange(context + 1)].long()  # inputs, and targets one on
+def loss_of(model: nn.Module, text: Tensor, starts: Tensor, device: torch.device) -> Tensor:
+    """Nats per byte, predicting each byte of the sequences at `starts` from those before it."""
+    batch = text[starts[:, None] + torch.arange(CONTEXT + 1)].long().to(device)
+    return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
 
 
-def loss_of(model: nn.Module, batch: Tensor, reduction: str = "mean") -> Tensor:
-    logits = model(batch[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction=reduction)
+def checksum(averager: distavg.Averager, name: str) -> str:
+    """A hash over an average's names and whole tensors: the same whatever the layout."""
+    digest = xxhash.xxh3_128()
+    for fqn, tensor in averager.iter_full_tensors(name, all_ranks=True):
+        digest.update(fqn.encode() + tensor.cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
-@torch.no_grad()
-def held_out_loss(model: nn.Module, batch: Tensor, rank: int, world_size: int) -> float:
-    """Mean nats per byte over the whole batch, of which each rank takes its part."""
-    total = loss_of(model, batch.tensor_split(world_size)[rank], "sum")
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total.item() / batch[:, 1:].numel()
-
-
-def print_checksums(averager: distavg.Averager, rank: int) -> None:
-    """For each average a hash over names and whole tensors: the same whatever the layout."""
-    for name in averager.names:
-        digest = xxhash.xxh3_128()
-        for fqn, tensor in averager.iter_full_tensors(name):
-            if rank == 0:
-                digest.update(fqn.encode())
-                digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
-        if rank == 0:
-            print(f"checksum {name} {digest.hexdigest()}", flush=True)
-
-
-def now(device: torch.device) -> float:
-    """Seconds, read once the device has done what was asked of it, so that differences are real."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def seconds() -> float:
+    """The time once the device has done what was asked of it, so that differences are real."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def parse_args() -> argparse.Namespace:
-    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
+def main() -> None:
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    layouts = ["none"] if world_size == 1 else ["fsdp2", "ddp"]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    layouts = ["none"] if is_alone else ["fsdp2", "ddp"]
     parser.add_argument("--parallel", choices=layouts, default=layouts[0])
     parser.add_argument("--save", type=Path, help="checkpoint to write at the end")
     parser.add_argument("--resume", type=Path, help="checkpoint to go on from")
     parser.add_argument("--steps", type=int, default=300, help="those before the resume included")
-    sizes = {"batch": 4, "context": 128, "width": 160, "layers": 4, "lr": 2e-3, "seed": 0}
-    for name, default in sizes.items():  # batch: sequences a rank; width: a multiple of 32
-        parser.add_argument(f"--{name}", type=type(default), default=default)
     args = parser.parse_args()
     if args.save and args.save.exists():  # known now, not after the training
         parser.error(f"--save {args.save}: there is something there already")
-    return args
-
-
-def main() -> None:
-    args = parse_args()
-    device, rank, world_size = torch.device("cpu"), 0, 1
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ:  # started by torchrun
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if world_size > 1:
         dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
-        rank, world_size = dist.get_rank(), dist.get_world_size()
 
-    torch.manual_seed(args.seed)  # the same initial weights on every rank
-    model = GPT(args.width, args.layers).to(device)
+    torch.manual_seed(0)  # the same initial weights on every rank
+    model = GPT().to(device)
     model_bytes = sum(p.nbytes for p in model.parameters())
-    model = parallelize(model, args.parallel, device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95))
-    rules = {
-        "ema": distavg.EMA(half_life="10ba"),
-        "swa": distavg.SWA(start="0.75dur", update_interval="2ba"),
-    }
-    averager = distavg.Averager(model, rules, clock=distavg.Clock(max_duration=f"{args.steps}ba"))
+    model = parallelize(model, args.parallel)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95))
+    ema = distavg.EMA(half_life="10ba")
+    swa = distavg.SWA(start="0.75dur", update_interval="2ba")
+    clock = distavg.Clock(max_duration=f"{args.steps}ba")
+    averager = distavg.Averager(model, {"ema": ema, "swa": swa}, clock=clock)
     if args.resume:
 
         def restore(folder: Path) -> None:
@@ -174,58 +144,52 @@ def main() -> None:
             set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
 
         averager.load(args.resume, also=restore)
-        print_checksums(averager, rank)
 
-    text = read_text(held_out=False)
-    first_step = averager.step_count
-    step_bytes = world_size * args.batch * args.context
+    text, first_step = read_text(held_out=False), averager.step_count
+    step_bytes = world_size * BATCH * CONTEXT
     total = max(0, args.steps - first_step) * step_bytes
-    progress = tqdm(total=total, unit="tok", unit_scale=True, disable=rank != 0 or total == 0)
-    update_seconds, started = 0.0, now(device)
+    progress = tqdm(total=total, unit="tok", unit_scale=True, disable=rank > 0 or total == 0)
+    update_seconds, started = 0.0, seconds()
     for step in range(first_step, args.steps):
-        # A batch follows from seed, step and rank alone: a resume has no loader's state to restore.
-        random = torch.Generator().manual_seed(hash((args.seed, step, rank)))
-        starts = torch.randint(len(text) - args.context, (args.batch,), generator=random)
+        # A batch follows from step and rank alone: a resume has no loader's state to restore.
+        random = torch.Generator().manual_seed(hash((step, rank)))
+        starts = torch.randint(len(text) - CONTEXT, (BATCH,), generator=random)
         # After the warm-up the rate stays constant: averaging does what decaying it would.
-        optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / 30)
-        loss = loss_of(model, cut(text, starts, args.context).to(device))
+        optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 30)
+        loss = loss_of(model, text, starts, device)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        before_update = now(device)
+        before_update = seconds()
         averager.step()  # attach(optimizer) would call it; called here, it can be timed
-        update_seconds += now(device) - before_update
+        update_seconds += seconds() - before_update
         progress.set_postfix(step=step + 1, loss=f"{loss.item():.3f}", refresh=False)
         progress.update(step_bytes)
-    train_seconds = now(device) - started
+    share = update_seconds / (seconds() - started)
     progress.close()
-
     if args.save:
         state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
         averager.save(args.save, also=lambda folder: dcp.save(state, checkpoint_id=folder))
-        print_checksums(averager, rank)
 
     text = read_text(held_out=True)
-    starts = torch.arange(256) * ((len(text) - args.context) // 256)
-    batch = cut(text, starts, args.context).to(device)
-    losses = {"live": held_out_loss(model, batch, rank, world_size)}
+    starts = torch.linspace(0, len(text) - CONTEXT - 1, HELD_OUT).long()
+    with torch.no_grad():
+        loss = loss_of(model, text, starts, device)
+    report = [f"live {loss:.4f} nats per held-out byte; {model_bytes:,} bytes of weights"]
     for name in averager.names:
-        with averager.applied(name):
-            losses[name] = held_out_loss(model, batch, rank, world_size)
-    held = [{name: averager[name].nbytes for name in averager.names}] * world_size
-    if dist.is_initialized():
-        dist.all_gather_object(held, held[rank])
-        dist.destroy_process_group()
+        with averager.applied(name), torch.no_grad():
+            loss = loss_of(model, text, starts, device)
+        held = [averager[name].nbytes] * world_size
+        if world_size > 1:
+            dist.all_gather_object(held, held[rank])
+        sizes = " + ".join(f"{nbytes:,}" for nbytes in held)
+        report += [f"{name}  {loss:.4f} checksum {checksum(averager, name)}; {sizes} bytes"]
+    if args.steps > first_step:
+        report += [f"the updates took {share:.2%} of the step time"]
     if rank == 0:
-        print(f"\nheld-out loss at step {averager.step_count}, in nats per byte")
-        for name, value in losses.items():
-            print(f"  {name:<5}{value:.4f}")
-        print(f"bytes held, where the model's weights are {model_bytes:,}")
-        for each_rank, averages in enumerate(held):
-            sizes = (f"{n} {b:,} ({b / model_bytes:.1%})" for n, b in averages.items())
-            print(f"  rank {each_rank}: {', '.join(sizes)}")
-        if args.steps > first_step:
-            print(f"the updates took {update_seconds / train_seconds:.2%} of the step time")
+        print(*report, sep="\n", flush=True)
+    if world_size > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,10 @@ gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 [ "$gpus" = 0 ] && echo "demo: no GPU, so on CPUs" || echo "demo: on $gpus GPUs, with NCCL"
 cores=$(getconf _NPROCESSORS_ONLN)
 
+checksums() {
+    sed -n 's/^\([a-z]*\) .* \(checksum [0-9a-f]*\);.*/\1 \2/p' "$work/log"
+}
+
 run() { # name, ranks, arguments of the example
     local name=$1 ranks=$2
     shift 2
@@ -29,8 +33,8 @@ run() { # name, ranks, arguments of the example
     python -m torch.distributed.run --standalone --nproc-per-node "$ranks" \
         examples/train_gpt.py --steps "$steps" "$@" | tee "$work/log"
     if [ ! -e "$work/saved" ]; then
-        grep ^checksum "$work/log" > "$work/saved"
-    elif grep ^checksum "$work/log" | diff "$work/saved" -; then
+        checksums > "$work/saved"
+    elif checksums | diff "$work/saved" -; then
         echo "demo: every average is bit-equal to the saved one"
     else
         echo "demo: the averages differ from the saved ones" >&2
