@@ -1,5 +1,7 @@
 """Running averages of model weights (SWA, EMA), sharded, inside distributed PyTorch training."""
 
+from typing import NoReturn
+
 from distavg.average import Average
 from distavg.averager import Averager
 from distavg.checkpoint.save import SaveHandle, latest
@@ -44,3 +46,9 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> NoReturn:
+    if name in ("Custom", "PowerEMA", "recalibrate_batchnorm"):
+        raise UnsupportedError(f"distavg.{name} comes with a later release")
+    raise AttributeError(f"module 'distavg' has no attribute {name!r}")

@@ -12,7 +12,8 @@ from distavg.errors import ConfigError
 from distavg.foreach import Lerp
 from distavg.rules import Rule
 from distavg.schedule import Schedule
-from distavg.shards import ModelShards, Shard
+from distavg.shards import ModelShards
+from distavg.wrappers import Shard
 
 __all__ = ["Average"]
 
@@ -24,11 +25,13 @@ class Average:
 
     Attributes:
         schedule: Its name, its rule and when it updates.
+        live: What of the live weights this rank averages.
+        tensors: The averages, in the same order.
         num_updates: Updates made so far.
         is_applied: Whether it is in place of the live weights at present.
         was_read_early: Whether `applied()` was entered before the first update.
+        dtypes: The dtype of every tensor of the average, on whichever rank, by canonical name.
         damaged: Why its values are not what they should be; None as long as they are.
-        dtypes: The dtype of every tensor of the average, by canonical name.
 
     Args:
         schedule: The rule under the averager's clock.
@@ -53,23 +56,49 @@ class Average:
         self.is_applied = False
         self.was_read_early = False
         self.damaged: str | None = None
-        self.live: Sequence[Shard] = model_shards.owned
-        self.dtypes = {
-            tensor.fqn: _average_dtype(tensor.local.dtype, dtype)
-            for tensor in model_shards.tensors
-            if tensor.is_held
-        }
-        self.tensors = [
-            torch.empty_like(shard.tensor, dtype=self.dtypes[shard.fqn]) for shard in self.live
-        ]
+        self._dtype = dtype
+        self._buffers = buffers
+        self.dtypes: dict[str, torch.dtype] = {}
+        self.live: Sequence[Shard] = ()
+        self.tensors: list[Tensor] = []
+        self.follow(model_shards)
+
+    @torch.no_grad()
+    def follow(self, model_shards: ModelShards) -> None:
+        """Take up what `ModelShards.follow` found. Not collective.
+
+        What is held for the first time starts with a copy of the live weights; what moved to
+        another device is moved there.
+        """
+        self.learn_dtypes(model_shards)
+        known = {(s.fqn, s.box): t for s, t in zip(self.live, self.tensors, strict=True)}
+        self.live, self.tensors = model_shards.owned, []
         averaged: list[tuple[Tensor, Tensor]] = []
         copied: list[tuple[Tensor, Tensor]] = []
-        for shard, tensor in zip(self.live, self.tensors, strict=True):
+        for shard in self.live:
+            live, tensor = shard.tensor, known.get((shard.fqn, shard.box))
+            if tensor is None:
+                tensor = torch.empty_like(live, dtype=self.dtypes[shard.fqn])
+                if self.num_updates:
+                    tensor.copy_(live)
+            tensor = tensor.to(live.device)
+            self.tensors.append(tensor)
             is_buffer = model_shards.by_name[shard.fqn].named.is_buffer
-            is_averaged = not is_buffer or (buffers == "averaged" and tensor.is_floating_point())
-            (averaged if is_averaged else copied).append((tensor, shard.tensor))
+            is_averaged = not is_buffer or (
+                self._buffers == "averaged" and tensor.is_floating_point()
+            )
+            (averaged if is_averaged else copied).append((tensor, live))
         self._averaged = Lerp([a for a, _ in averaged], [b for _, b in averaged])
         self._copied = Lerp([a for a, _ in copied], [b for _, b in copied])
+
+    def learn_dtypes(self, model_shards: ModelShards) -> None:
+        """Settle the dtype of each tensor that is held, and keep it from then on."""
+        known = [(t.fqn, t.dtype, t.is_held) for t in model_shards.catalogue]
+        for fqn, dtype, is_held in known + [
+            (t.fqn, t.dtype, t.is_held) for t in model_shards.tensors
+        ]:
+            if is_held:
+                self.dtypes.setdefault(fqn, _average_dtype(dtype, self._dtype))
 
     @property
     def name(self) -> str:

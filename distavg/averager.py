@@ -28,9 +28,10 @@ from distavg.gather import copy_into, iter_whole_tensors, squared_distance
 from distavg.hooks import OptimizerHooks
 from distavg.rules import Rule
 from distavg.schedule import Clock, Position, Schedule
-from distavg.shards import Model, ModelShards
+from distavg.shards import ModelShards
 from distavg.state import load_state, state
 from distavg.swap import applied, make_permanent
+from distavg.wrappers import Model, Wrapped
 
 __all__ = ["Averager"]
 
@@ -108,16 +109,17 @@ class Averager:
         with self._comm.together("building an Averager"):
             _check_arguments(rules, clock=clock, dtype=dtype, device=device, buffers=buffers)
             schedules = [Schedule(name, rule, self._clock) for name, rule in rules.items()]
-            self._shards = ModelShards(
-                model,
-                self._comm,
-                replicas=replicas,
-                shard_replicas=shard_replicas,
-                include=include,
-                exclude=exclude,
-                hold_buffers=buffers != "live",
-            )
-            if not any(tensor.is_held for tensor in self._shards.tensors):
+        self._shards = ModelShards(
+            model,
+            self._comm,
+            replicas=replicas,
+            shard_replicas=shard_replicas,
+            include=include,
+            exclude=exclude,
+            hold_buffers=buffers != "live",
+        )
+        with self._comm.together("building an Averager"):
+            if not any(tensor.is_held for tensor in self._shards.catalogue):
                 raise ConfigError(
                     "Averager: the model has no trainable floating parameter to average "
                     "(frozen ones are left alone; see include and exclude)"
@@ -182,9 +184,11 @@ class Averager:
         """
         self._check_idle("step()")
         before, after = self._position, self._clock.after_step(self._position)
-        for average in self._averages.values():
-            if average.schedule.due(before, after):
-                average.update()
+        due = [a for a in self._averages.values() if a.schedule.due(before, after)]
+        if due and not self._shards.is_current:
+            self._follow()
+        for average in due:
+            average.update()
         self._position = after
 
     def update(self, name: str | None = None) -> None:
@@ -195,6 +199,8 @@ class Averager:
         """
         average = self._named(name)
         self._check_idle("update()")
+        if not self._shards.is_current:
+            self._follow()
         average.update()
 
     def synchronize(self) -> None:
@@ -228,6 +234,7 @@ class Averager:
         self._check_restored()
         with self._comm.together(f"applied({average.name!r})"):
             self._check_idle("applied()")
+            self._follow()
         self._check_alike(average.num_updates, f"applied({average.name!r})")
         if average.num_updates == 0 and not average.was_read_early:
             average.was_read_early = True
@@ -256,16 +263,18 @@ class Averager:
         """
         average = self._named(name)
         if module is None:
-            self._check_restored()
-            with self._comm.together("copy_to()"):
-                self._check_idle("copy_to()")
-                self._shards.check_current()
+            self._check_idle("copy_to()")
+            self._follow()
             make_permanent(average, self._shards)
         else:
             self._check_usable()
-            self._shards.check_current()
-            target = ModelShards(module, self._comm, shard_replicas=False)
+            self._follow()
+            other = Wrapped(module)
+            other.reshard()
+            located = [other.locate(each, self._comm.ranks) for each in other.named_tensors()]
+            target = {tensor.fqn: tensor for tensor in located}
             copy_into(average, self._shards, target, self._comm)
+            other.break_graphs()
 
     def full_state_dict(
         self, name: str | None = None, *, all_ranks: bool = False
@@ -296,7 +305,8 @@ class Averager:
         self._check_restored()
         with self._comm.together(f"gathering the average {average.name!r}"):
             self._check_usable()
-            self._shards.check_current()
+            self._follow()
+        self._shards.catalogue_everywhere()
         yield from iter_whole_tensors(
             average.shards(), self._shards, self._comm, all_ranks=all_ranks
         )
@@ -347,10 +357,11 @@ class Averager:
         doing = f"saving to {path}"
         with self._comm.together(doing):
             self._check_save(block=block, keep=keep, also=also)
-            self._shards.check_current()
+            self._follow()
+        self._compare_tensors()
         counters = [average.num_updates for average in self._averages.values()]
         self._check_alike((self._position.steps, *counters), doing)
-        if self._shards.pieces and not self._applied_name():
+        if self._shards.is_divided and not self._applied_name():
             self._shards.check_replicas(doing)
         request = SaveRequest(
             Path(path),
@@ -408,8 +419,11 @@ class Averager:
                 raise StateError(f"load() inside applied({inside!r}): load after the context")
             if path is None:
                 raise ConfigError("load: path is None: latest() found no checkpoint")
+            self._follow()
+        self._compare_tensors()
+        with self._comm.together(doing):
             plan = plan_load(
-                Path(path),
+                Path(str(path)),
                 averages,
                 self._shards,
                 names=names,
@@ -449,7 +463,7 @@ class Averager:
         copy made with `torch.save` can be loaded only by the rank that made it.
         """
         self._check_usable()
-        return state(list(self._averages.values()), self._shards, self._position)
+        return state(list(self._averages.values()), self._shards, self._comm, self._position)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take back what `state_dict` gave, after DCP filled it, or a copy of it.
@@ -513,10 +527,7 @@ class Averager:
         mine = {
             "the rules": [(n, a.rule.record()) for n, a in self._averages.items()],
             "the clock": self._clock,
-            "the dtypes": [list(average.dtypes.items()) for average in self._averages.values()],
-            "the model's tensors": [
-                (t.fqn, t.global_shape, t.is_held, t.is_copied) for t in self._shards.tensors
-            ],
+            "the dtypes": [sorted(average.dtypes.items()) for average in self._averages.values()],
         }
         digests = {
             what: xxhash.xxh3_128_hexdigest(repr(value).encode()) for what, value in mine.items()
@@ -527,8 +538,28 @@ class Averager:
                     raise ConfigError(
                         f"{doing}: {what} on rank {rank} are not those of rank "
                         f"{self._comm.ranks[self._comm.rank]}: {mine[what]!s:.200}. Build it alike "
-                        "on every rank; pipeline stages are not supported yet"
+                        "on every rank"
                     )
+
+    def _follow(self) -> None:
+        """Take up what has changed in the model, or say why that cannot be. Not collective."""
+        inside = self._applied_name()
+        if self._shards.follow():
+            if inside:
+                self._shards.lost = (
+                    f"weights moved to other storage inside applied({inside!r}) (model.to(), or "
+                    "load_state_dict(assign=True)?), so the live ones cannot be put back. Resume "
+                    "from a checkpoint"
+                )
+                raise StateError(self._shards.lost)
+            for average in self._averages.values():
+                average.follow(self._shards)
+
+    def _compare_tensors(self) -> None:
+        """Bring what is known of other ranks' tensors up to date. Collective."""
+        self._shards.catalogue_everywhere()
+        for average in self._averages.values():
+            average.learn_dtypes(self._shards)
 
     def _check_restored(self) -> None:
         """Before the first collective of a call: after a rank was lost there can be none."""

@@ -39,12 +39,13 @@ class Comm:
         rank: This process's rank within the group.
         size: The number of ranks.
         ranks: Their global ranks.
+        group: The gloo group; None without a process group.
     """
 
     def __init__(
         self, process_group: dist.ProcessGroup | None = None, timeout: timedelta | None = None
     ) -> None:
-        self._group: dist.ProcessGroup | None = None
+        self.group: dist.ProcessGroup | None = None
         self._timeout = timeout
         self._announced: object = None
         self._is_of_all = False
@@ -56,7 +57,7 @@ class Comm:
             # finds the addresses of the group before it, so such a group is never given back.
             self._is_of_all = len(ranks) == dist.get_world_size()
             with _lost_rank("making a group of the ranks"):
-                self._group = dist.new_group(
+                self.group = dist.new_group(
                     ranks,
                     timeout=timeout,
                     backend="gloo",
@@ -64,18 +65,18 @@ class Comm:
                 )
             self.ranks = tuple(ranks)
             _let_gloo_finish_at_exit()
-            self.rank, self.size = dist.get_rank(self._group), len(ranks)
+            self.rank, self.size = dist.get_rank(self.group), len(ranks)
 
     @property
     def is_parallel(self) -> bool:
         """Whether there is a process group, be it of one rank."""
-        return self._group is not None
+        return self.group is not None
 
     def close(self) -> None:
         """Give the group's sockets and threads back, if it is a group of all ranks."""
-        if self._group is not None and self._is_of_all and dist.is_initialized():
-            dist.destroy_process_group(self._group)
-        self._group = None
+        if self.group is not None and self._is_of_all and dist.is_initialized():
+            dist.destroy_process_group(self.group)
+        self.group = None
 
     def gather(self, value: T, doing: str) -> list[T]:
         """Every rank's small picklable value, in rank order, on every rank. Collective.
@@ -86,7 +87,7 @@ class Comm:
             return [value]
         values: list[Any] = [None] * self.size
         with _lost_rank(doing):
-            dist.all_gather_object(values, value, group=self._group)
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     def gather_to_first(self, value: T, doing: str) -> list[T] | None:
@@ -95,7 +96,7 @@ class Comm:
             return [value]
         values: list[Any] | None = [None] * self.size if self.rank == 0 else None
         with _lost_rank(doing):
-            dist.gather_object(value, values, group=self._group, group_dst=0)
+            dist.gather_object(value, values, group=self.group, group_dst=0)
         return values
 
     def broadcast(self, value: T, doing: str) -> T:
@@ -104,39 +105,43 @@ class Comm:
             return value
         box = [value]
         with _lost_rank(doing):
-            dist.broadcast_object_list(box, group=self._group, group_src=0)
+            dist.broadcast_object_list(box, group=self.group, group_src=0)
         return box[0]
 
     def broadcast_tensor(self, tensor: Tensor, doing: str) -> None:
         """Overwrite a contiguous host tensor by rank 0's. Collective; `tensor.nbytes` bytes."""
         for part in self._messages(tensor):
             with _lost_rank(doing):
-                dist.broadcast(part, group=self._group, group_src=0)
+                dist.broadcast(part, group=self.group, group_src=0)
 
     def send(self, tensor: Tensor, rank: int, doing: str) -> None:
         """Send a contiguous host tensor to a rank, which must `receive` it."""
         for part in self._messages(tensor):
             with _lost_rank(doing):
-                dist.send(part, group=self._group, group_dst=rank)
+                dist.send(part, group=self.group, group_dst=rank)
 
     def receive(self, tensor: Tensor, rank: int, doing: str) -> None:
         """Receive into a contiguous host tensor what a rank `send`s."""
         for part in self._messages(tensor):
             with _lost_rank(doing):
-                dist.recv(part, group=self._group, group_src=rank)
+                dist.recv(part, group=self.group, group_src=rank)
 
-    def replica_group(self, group: dist.ProcessGroup, device: torch.device) -> "ReplicaGroup":
-        """The ranks of a group that hold replicas on a kind of device. Collective over `group`.
+    def replica_group(
+        self, ranks: tuple[int, ...], device_type: str, known: dist.ProcessGroup | None
+    ) -> "ReplicaGroup":
+        """The ranks that hold replicas on a kind of device. Collective over these ranks.
 
-        Host tensors travel over gloo with this object's timeout, others over `group` itself.
+        Host tensors travel over gloo with this object's timeout, others over the `known` group of
+        these ranks, or one of its own.
         """
-        ranks = tuple(dist.get_process_group_ranks(group))
-        if device.type == "cpu":
-            if ranks == self.ranks and self._group is not None:
-                group = self._group
-            else:
+        group = self.group if device_type == "cpu" and ranks == self.ranks else known
+        if group is None or (device_type == "cpu" and group is not self.group):
+            with _lost_rank("making a group of replicas"):
                 group = dist.new_group(
-                    ranks, timeout=self._timeout, backend="gloo", use_local_synchronization=True
+                    ranks,
+                    timeout=self._timeout,
+                    backend="gloo" if device_type == "cpu" else None,
+                    use_local_synchronization=True,
                 )
         return ReplicaGroup(group, ranks, dist.get_rank(group), self._timeout)
 
@@ -154,7 +159,7 @@ class Comm:
         mine = torch.tensor([code], device="cpu")
         codes = [torch.zeros_like(mine) for _ in range(self.size)]
         with _lost_rank(doing):
-            work = dist.all_gather(codes, mine, group=self._group, async_op=True)
+            work = dist.all_gather(codes, mine, group=self.group, async_op=True)
             if code:
                 self._announced = (work, mine, codes)  # the tensors must outlive the message
                 return {}

@@ -3,7 +3,7 @@
 Rank 0 never holds more than the tensor under way and what the caller keeps of those before.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from distavg.comm import Comm
 from distavg.errors import ModelMismatch
 from distavg.foreach import chunks
 from distavg.layout import Box
-from distavg.shards import ModelShards, Shard
+from distavg.shards import ModelShards
+from distavg.wrappers import LiveTensor, Shard
 
 __all__ = ["copy_into", "iter_whole_tensors", "squared_distance"]
 
@@ -41,18 +42,18 @@ def iter_whole_tensors(
     by_name: dict[str, list[Shard]] = {}
     for shard in shards:
         by_name.setdefault(shard.fqn, []).append(shard)
-    for tensor in model_shards.tensors:
-        mine = by_name.get(tensor.fqn, [])
-        is_copy = tensor.replicas is not None and tensor.replicas.rank > 0
-        if not tensor.is_held and ((tensor.box.numel and not is_copy) or comm.rank == 0):
-            mine = [tensor.part(tensor.box)]
-        if not model_shards.is_counted(tensor.fqn):
+    for tensor in model_shards.catalogue:
+        mine: Sequence[Shard] = by_name.get(tensor.fqn, [])
+        here = model_shards.by_name.get(tensor.fqn)
+        if here is not None and not tensor.is_held:
+            mine = here.parts
+        if here is None or not model_shards.is_counted(tensor.fqn):
             mine = []
         dtype = mine[0].tensor.dtype if mine else None
-        whole = _assemble(mine, tensor.global_shape, dtype, comm, tensor.fqn)
+        whole = _assemble(mine, tensor.shape, dtype, comm, tensor.fqn)
         if all_ranks and comm.size > 1:
-            whole = _spread(whole, tensor.global_shape, comm, tensor.fqn)
-        for name in (tensor.fqn, *tensor.named.aliases):
+            whole = _spread(whole, tensor.shape, comm, tensor.fqn)
+        for name in (tensor.fqn, *tensor.aliases):
             yield name, whole
 
 
@@ -92,47 +93,65 @@ def _spread(whole: Tensor | None, shape: tuple[int, ...], comm: Comm, fqn: str) 
 
 
 @torch.no_grad()
-def copy_into(average: Average, source: ModelShards, target: ModelShards, comm: Comm) -> None:
+def copy_into(
+    average: Average, source: ModelShards, target: Mapping[str, LiveTensor], comm: Comm
+) -> None:
     """Copy an average, and the tensors that it does not hold, into another module. Collective.
 
     Nothing is communicated where each rank has what its part of the target needs: on one
-    process, between equal FSDP2 layouts, from whole copies to whole copies. Otherwise all ranks
-    vote whether the modules fit, and whole tensors travel, one at a time, to every rank.
+    process, between equal layouts whose replicas do not divide the average, from whole copies to
+    whole copies. Otherwise all ranks vote whether the modules fit, and whole tensors travel, one
+    at a time, to every rank.
+
+    Args:
+        average: The average.
+        source: The averaged model.
+        target: The tensors of the other module, by canonical name.
+        comm: The ranks.
 
     Raises:
         ModelMismatch: The modules' tensors differ in name or shape.
     """
-    ours, theirs = source.by_name, target.by_name
-    is_local = ours.keys() == theirs.keys() and all(
-        tensor.layout == theirs[fqn].layout and not tensor.is_divided
+    ours = source.by_name
+    is_local = ours.keys() == target.keys() and all(
+        tensor.layout == target[fqn].layout and not (tensor.is_held and tensor.is_divided)
         for fqn, tensor in ours.items()
     )
     if is_local:
-        kept = [tensor.part(tensor.box) for tensor in source.tensors if not tensor.is_held]
+        kept = [part for tensor in source.tensors if not tensor.is_held for part in tensor.parts]
         for shard in [*average.shards(), *kept]:
-            theirs[shard.fqn].part(shard.box).tensor.copy_(shard.tensor)
+            _write(shard.tensor, shard.box, target[shard.fqn])
         return
+    source.catalogue_everywhere()
     with comm.together("copy_to()"):
         _check_same_tensors(source, target)
     for fqn, whole in iter_whole_tensors(average.shards(), source, comm, all_ranks=True):
-        if whole is not None and fqn in theirs:
-            theirs[fqn].local.copy_(whole[theirs[fqn].box.slices()])
+        if whole is not None and fqn in target:
+            _write(whole, Box.whole(whole.shape), target[fqn])
 
 
-def _check_same_tensors(source: ModelShards, target: ModelShards) -> None:
+def _write(tensor: Tensor, box: Box, target: LiveTensor) -> None:
+    """Copy what a tensor, which lies at a box, has of a target's parts."""
+    for part in target.parts:
+        common = part.box.intersect(box) if part.box != box else box
+        if common is not None:
+            part.part(common).tensor.copy_(tensor[common.relative_to(box).slices()])
+
+
+def _check_same_tensors(source: ModelShards, target: Mapping[str, LiveTensor]) -> None:
     """Whether an average of one model may be copied into another. Not collective.
 
     Raises:
         ModelMismatch: The modules' tensors differ in name or shape.
     """
-    for fqn in source.by_name.keys() ^ target.by_name.keys():
+    for fqn in source.by_name.keys() ^ target.keys():
         where = "the averaged model" if fqn in source.by_name else "the target"
         raise ModelMismatch(f"copy_to: only {where} has a tensor {fqn}")
     for fqn, tensor in source.by_name.items():
-        if tensor.global_shape != target.by_name[fqn].global_shape:
+        if tensor.global_shape != target[fqn].global_shape:
             raise ModelMismatch(
                 f"copy_to: {fqn} has shape {tensor.global_shape} in the averaged model and "
-                f"{target.by_name[fqn].global_shape} in the target"
+                f"{target[fqn].global_shape} in the target"
             )
 
 

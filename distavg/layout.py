@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Box", "chunk_extent", "cover_fault", "divide", "range_boxes"]
+__all__ = ["Box", "chunk_extent", "cover_fault", "divide", "nested_extent", "range_boxes"]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -83,6 +83,23 @@ def chunk_extent(length: int, parts: int, index: int) -> tuple[int, int]:
     size = -(-length // parts)
     offset = min(length, index * size)
     return offset, min(length, offset + size) - offset
+
+
+def nested_extent(length: int, cuts: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """Offset and size of what is left of a dim that is cut several times, each cut in the last one.
+
+    Args:
+        length: Of the whole dim.
+        cuts: (parts, index) of each cut, the outermost first; see `chunk_extent`.
+
+    >>> nested_extent(10, [(2, 1), (3, 2)])
+    (9, 1)
+    """
+    offset, size = 0, length
+    for parts, index in cuts:
+        inner, size = chunk_extent(size, parts, index)
+        offset += inner
+    return offset, size
 
 
 def range_boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:

@@ -18,21 +18,24 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardPlacement
 
 from distavg.average import Average
+from distavg.comm import Comm
 from distavg.errors import CheckpointMismatch
 from distavg.schedule import Position
-from distavg.shards import LiveTensor, ModelShards, Shard
+from distavg.shards import ModelShards
+from distavg.wrappers import LiveTensor, Shard
 
 __all__ = ["load_state", "state"]
 
 
 def state(
-    averages: Sequence[Average], model_shards: ModelShards, position: Position
+    averages: Sequence[Average], model_shards: ModelShards, comm: Comm, position: Position
 ) -> "OrderedDict[str, Any]":
     """The averages' tensors and counters, by reference."""
     clock = [position.steps, position.epochs.numerator, position.epochs.denominator]
     content: OrderedDict[str, Any] = OrderedDict(
         clock=torch.tensor(clock, dtype=torch.float64, device="cpu"), averages={}
     )
+    mesh = DeviceMesh.from_group(comm.group, "cpu") if comm.group is not None else None
     for average in averages:
         by_name: dict[str, list[Shard]] = {}
         for shard in average.shards():
@@ -40,7 +43,7 @@ def state(
         content["averages"][average.name] = {
             "num_updates": torch.tensor([average.num_updates], dtype=torch.float64, device="cpu"),
             "tensors": {
-                fqn: _global_tensor(tensor, by_name.get(fqn, []), average.dtypes[fqn])
+                fqn: _global_tensor(tensor, by_name.get(fqn, []), average.dtypes[fqn], mesh)
                 for fqn, tensor in model_shards.by_name.items()
                 if tensor.is_held and (fqn in by_name or not _is_piece(tensor))
             },
@@ -122,11 +125,13 @@ def _is_piece(tensor: LiveTensor) -> bool:
     return tensor.is_divided and not tensor.global_shape
 
 
-def _global_tensor(tensor: LiveTensor, shards: Sequence[Shard], dtype: torch.dtype) -> Tensor:
+def _global_tensor(
+    tensor: LiveTensor, shards: Sequence[Shard], dtype: torch.dtype, mesh: DeviceMesh | None
+) -> Tensor:
     """This rank's part of one tensor of an average in the form that DCP understands."""
-    live = tensor.named.tensor
-    if isinstance(live, DTensor):
-        local = shards[0].tensor if shards else torch.empty_like(tensor.local, dtype=dtype)
+    live, shape = tensor.named.tensor, tensor.global_shape
+    if isinstance(live, DTensor) and not tensor.is_divided:
+        local = shards[0].tensor if shards else torch.empty_like(live.to_local(), dtype=dtype)
         return DTensor.from_local(
             local,
             live.device_mesh,
@@ -135,24 +140,21 @@ def _global_tensor(tensor: LiveTensor, shards: Sequence[Shard], dtype: torch.dty
             shape=live.shape,
             stride=live.stride(),
         )
-    if not tensor.is_divided or tensor.replicas is None or _is_piece(tensor):
-        return shards[0].tensor if shards else torch.empty_like(tensor.local, dtype=dtype)
+    if mesh is None or _is_piece(tensor) or not (tensor.is_divided or tensor.named.flattened):
+        return shards[0].tensor
     from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
     pieces, offsets = [s.tensor for s in shards], [s.box.offsets for s in shards]
     if not pieces:  # DCP wants one box from every rank: an empty one past the last row
-        shape = tensor.global_shape
         pieces = [torch.empty((0, *shape[1:]), dtype=dtype, device=live.device)]
         offsets = [(shape[0], *(0,) * (len(shape) - 1))]
-    mesh = DeviceMesh.from_group(tensor.replicas.group, live.device.type)
-    wrapper = LocalShardsWrapper(pieces, offsets)
     return DTensor.from_local(
-        wrapper,
+        LocalShardsWrapper(pieces, offsets),
         mesh,
         [ShardPlacement(0)],
         run_check=False,
-        shape=live.shape,
-        stride=live.stride(),
+        shape=torch.Size(shape),
+        stride=torch.empty(shape, device="meta").stride(),
     )
 
 

@@ -19,7 +19,8 @@ from distavg.average import Average, is_exchanged
 from distavg.comm import Comm
 from distavg.errors import DistavgError, RankError, StateError
 from distavg.foreach import Exchange
-from distavg.shards import LiveTensor, ModelShards
+from distavg.shards import ModelShards
+from distavg.wrappers import LiveTensor
 
 __all__ = ["applied", "make_permanent"]
 
@@ -54,7 +55,7 @@ def applied(average: Average, model_shards: ModelShards, comm: Comm) -> Iterator
     swap.enter()
     code = _WELL
     try:
-        with _undisturbed(model_shards.modules, {t.local.device for t in model_shards.tensors}):
+        with _undisturbed(model_shards.modules, _devices(model_shards)):
             yield
     except BaseException:
         code = _RAISED
@@ -73,7 +74,7 @@ class _Swap:
         self._doing = f"applied({average.name!r})"
         self._moves: list[_Move] = []  # those begun
         self._is_moved = average.num_updates > 0  # before that, it reads as the live weights
-        self._is_shared = self._is_moved and bool(model_shards.pieces)
+        self._is_shared = self._is_moved and model_shards.is_divided
         self._versions: list[tuple[LiveTensor, Tensor, int]] = []
 
     def enter(self) -> None:
@@ -83,7 +84,6 @@ class _Swap:
         error: Exception | None = None
         try:
             try:
-                self._shards.check_current()
                 self._put_average()
             except Exception as caught:
                 error = caught
@@ -102,7 +102,7 @@ class _Swap:
             (tensor, each, each._version)
             for tensor in self._shards.tensors
             if not tensor.named.is_buffer
-            for each in (tensor.named.tensor, tensor.local)
+            for each in tensor.versioned
         ]
 
     def leave(self, code: int) -> None:
@@ -146,7 +146,7 @@ class _Swap:
             for tensor in written
             if self._is_moved
             and tensor.is_held
-            and self._average.dtypes[tensor.fqn] == tensor.local.dtype
+            and self._average.dtypes[tensor.fqn] == tensor.dtype
         ]
         tensor = (damaged or written)[0]
         text = f"{tensor.fqn} was written to inside {self._doing}, where the average lies. "
@@ -178,8 +178,10 @@ class _Swap:
             _share_pieces(self._shards, self._doing)
 
     def _put_average(self) -> None:
+        self._shards.reshard()
         if not self._is_moved:
             return
+        self._shards.break_graphs()
         exchanged: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
         kept: list[tuple[Tensor, Tensor]] = []
         for live, average in zip(self._average.live, self._average.tensors, strict=True):
@@ -203,6 +205,7 @@ class _Swap:
         while True:
             try:
                 self._shards.reshard()
+                self._shards.break_graphs()
                 for move in self._moves:
                     move.go()
                     move.come_back()
@@ -262,6 +265,7 @@ class _Kept:
 @torch.no_grad()
 def make_permanent(average: Average, model_shards: ModelShards) -> None:
     """Copy an average over the live weights. Collective where replicas divide it."""
+    model_shards.break_graphs()
     for live, shard in zip(average.live, average.shards(), strict=True):
         live.tensor.copy_(shard.tensor)
     try:
@@ -275,6 +279,10 @@ def _share_pieces(model_shards: ModelShards, doing: str) -> None:
     """Give every replica the live pieces that another owns. Collective; see `ReplicaGroup`."""
     for group, parts in model_shards.pieces:
         group.share([[shard.tensor for shard in part] for part in parts], doing)
+
+
+def _devices(model_shards: ModelShards) -> set[torch.device]:
+    return {part.tensor.device for tensor in model_shards.tensors for part in tensor.parts}
 
 
 @contextmanager

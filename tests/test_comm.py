@@ -87,8 +87,7 @@ def test_tensors_travel_in_messages_of_any_size_and_dtype() -> None:
 def shared_pieces(message_bytes: int) -> list[str]:
     """What differs after a rank has given the others its pieces: large, small and strided."""
     ranks = Comm()
-    assert dist.group.WORLD is not None
-    group = ranks.replica_group(dist.group.WORLD, torch.device("cpu"))
+    group = ranks.replica_group(ranks.ranks, "cpu", None)
 
     def pieces(owner: int, value: float) -> list[Tensor]:
         strided = torch.full((6, 4), value + owner).t()

@@ -23,6 +23,7 @@ LEVELS = (
     "names",
     "foreach",
     "comm",
+    "wrappers",
     "shards",
     "average",
     "swap",
@@ -53,7 +54,7 @@ FORBIDDEN_IMPORTS = {
 }
 
 # Names, attributes and strings that only some modules may know.
-WRAPPERS = frozenset({"shards", "names"})
+WRAPPERS = frozenset({"wrappers", "names"})
 DTENSOR_USERS = WRAPPERS | {"state"}  # DCP takes DTensors, and nothing else that is sharded
 KNOWN_TO = {
     "DistributedDataParallel": WRAPPERS,
@@ -282,7 +283,7 @@ def test_forbidden_import_is_found_behind_another_module() -> None:
 )
 def test_knowledge_of_wrappers_is_found(source: str) -> None:
     assert len(knowledge_of_wrappers("average", source)) == 1
-    assert knowledge_of_wrappers("shards", source) == []
+    assert knowledge_of_wrappers("wrappers", source) == []
 
 
 def test_docstring_may_name_wrappers() -> None:

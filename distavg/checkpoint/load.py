@@ -19,7 +19,8 @@ from distavg.checkpoint.manifest import Manifest, SavedAverage, SavedBox, SavedF
 from distavg.checkpoint.plan import Read, plan_reads
 from distavg.errors import CheckpointCorrupt, CheckpointMismatch, ConfigError
 from distavg.rules import Rule, rule_from_record
-from distavg.shards import ModelShards, Shard
+from distavg.shards import ModelShards
+from distavg.wrappers import Shard
 
 __all__ = ["LoadPlan", "plan_load", "verify_checkpoint"]
 
@@ -199,8 +200,9 @@ def _check_tensors(
                 f"is averaged here and not in the checkpoint: leave it out with exclude=[{name!r}]"
             )
         raise CheckpointMismatch(f"{path}: average {average.name!r}: {name} {text}")
+    shapes = {tensor.fqn: tensor.shape for tensor in model_shards.catalogue}
     for fqn, dtype in average.dtypes.items():
-        saved, shape = source.tensors[fqn], model_shards.by_name[fqn].global_shape
+        saved, shape = source.tensors[fqn], shapes[fqn]
         if saved.shape != shape:
             raise CheckpointMismatch(
                 f"{fqn}: the checkpoint holds shape {saved.shape}, the model has {shape}. Build "

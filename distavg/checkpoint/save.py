@@ -26,6 +26,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import cast
 
+from torch import Tensor
+
 from distavg.average import Average
 from distavg.checkpoint.files import fsync_path, write_shards
 from distavg.checkpoint.manifest import (
@@ -130,9 +132,9 @@ def save(
     with comm.together(doing), _as_checkpoint_error(request.path):
         if comm.rank == 0:
             nbytes = sum(
-                math.prod(tensor.global_shape) * average.dtypes[tensor.fqn].itemsize
+                math.prod(tensor.shape) * average.dtypes[tensor.fqn].itemsize
                 for average in averages
-                for tensor in model_shards.tensors
+                for tensor in model_shards.catalogue
                 if tensor.is_held
             )
             prepared = _prepare(request, [average.name for average in averages], nbytes)
@@ -250,11 +252,11 @@ def _check_copies(
 ) -> None:
     """Compare the averages that every rank holds whole, of which only rank 0's are saved."""
     for average in averages:
-        copies = {
-            shard.fqn: (comm.ranks, shard.tensor)
-            for shard in average.shards()
-            if (tensor := model_shards.by_name[shard.fqn]).is_copied and not tensor.named.is_buffer
-        }
+        copies: dict[str, tuple[tuple[int, ...], list[Tensor]]] = {}
+        for shard in average.shards():
+            tensor = model_shards.by_name[shard.fqn]
+            if tensor.is_copied and not tensor.named.is_buffer:
+                copies.setdefault(shard.fqn, (tensor.holders, []))[1].append(shard.tensor)
         check_equal(comm, copies, f"{doing}: average {average.name!r}")
 
 
@@ -349,11 +351,11 @@ def _saved_average(
         tensors={
             tensor.fqn: SavedTensor(
                 tensor.fqn,
-                tensor.global_shape,
+                tensor.shape,
                 str(average.dtypes[tensor.fqn]).removeprefix("torch."),
-                tensor.named.aliases,
+                tensor.aliases,
             )
-            for tensor in model_shards.tensors
+            for tensor in model_shards.catalogue
             if tensor.is_held
         },
         files=files,

@@ -1,0 +1,416 @@
+"""How each kind of wrapper holds a model's tensors: each tensor -> the boxes that this rank has.
+
+The only module that knows wrappers' private ways. Every wrapper ends here, as boxes of global
+tensors and plain local views of the storage that lasts:
+
+* plain and DDP: the whole tensor.
+* DTensor (FSDP2, HSDP, tensor parallelism, and any two of them): the box that its placements cut,
+  `_StridedShard` included. FSDP2 keeps unsharded copies of some modules' parameters after a forward
+  (the root's, and wherever `reshard_after_forward=False`).
+* FSDP1: a flat range of each parameter, as boxes. It, too, keeps unsharded copies, and then
+  ignores a write to its shards.
+
+`Wrapped.reshard` drops the unsharded copies, so that names lead to the sharded storage and no stale
+copy outlives a write to it.
+
+Private attributes used here, seen in torch 2.10 and 2.13 (tests/test_wrappers.py says if a release
+moves them):
+
+* FSDP2: `FSDPModule._get_fsdp_state()`, its `_fsdp_param_groups` (2.10: `_fsdp_param_group`), a
+  group's `fsdp_params` and `_to_sharded()`, a parameter's `sharded_param`, `_module_info` and
+  `_unsharded_param`.
+* FSDP1: `_handle` with its `flat_param`, `uses_sharded_strategy`, `reshard()`, `_prefetched`; of
+  the flat parameter `_local_shard`, `_full_param_padded`, `_full_prec_full_param_padded`,
+  `_param_infos`, `_shared_param_infos`, `_shard_param_infos`, `_params`, `_tensors`, `_shapes`,
+  `_strides`, `_contiguities`, `_numels_with_padding`, `_sharded_size`, `_param_extensions`.
+* DTensor: `_local_tensor`, which `to_local()` returns after 1 µs of checks.
+"""
+
+from collections.abc import Hashable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import Shard as ShardPlacement
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+
+from distavg.errors import ConfigError, UnsupportedError
+from distavg.layout import Box, nested_extent, range_boxes
+from distavg.names import Flattened, NamedTensor, named_tensors
+
+__all__ = ["LiveTensor", "Model", "Shard", "Wrapped"]
+
+Model = nn.Module | Mapping[str, nn.Module]
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A part of one global tensor and where it lies.
+
+    Attributes:
+        fqn: Canonical name.
+        box: The rectangle of the global tensor.
+        global_shape: Shape of the whole tensor.
+        tensor: The local view that holds the box, of shape `box.sizes`.
+    """
+
+    fqn: str
+    box: Box
+    global_shape: tuple[int, ...]
+    tensor: Tensor
+
+    def part(self, box: Box) -> "Shard":
+        """The shard at a box, in global coordinates, that lies in this one."""
+        view = self.tensor[box.relative_to(self.box).slices()]
+        return Shard(self.fqn, box, self.global_shape, view)
+
+
+@dataclass(frozen=True, slots=True)
+class LiveTensor:
+    """A parameter or buffer of the model as this rank holds it.
+
+    Attributes:
+        named: Its registration in the model.
+        parts: What this rank has of it, in detached views of the storage that lasts.
+        global_shape: Shape of the whole tensor.
+        dtype: Its dtype.
+        layout: How it is spread over the ranks: equal on all ranks if it is equal on one.
+        is_alike: Whether ranks that have the same boxes of it are known to hold the same values.
+        groups: Process groups along which it may be replicated.
+        anchor: Where to look whether the storage is still the same.
+        is_held: Whether averages hold it; frozen, excluded and live-buffer tensors are not held.
+        holders: The global ranks that have the same boxes of it; this one, if it has none.
+        is_copied: Whether each of the holders averages what it has, of which the first's counts.
+    """
+
+    named: NamedTensor
+    parts: tuple[Shard, ...]
+    global_shape: tuple[int, ...]
+    dtype: torch.dtype
+    layout: Hashable
+    is_alike: bool
+    groups: tuple[dist.ProcessGroup, ...]
+    anchor: "Anchor"
+    is_held: bool = False
+    holders: tuple[int, ...] = ()
+    is_copied: bool = False
+
+    @property
+    def fqn(self) -> str:
+        """Canonical name."""
+        return self.named.fqn
+
+    @property
+    def boxes(self) -> list[Box]:
+        """Where the parts are in the global tensor."""
+        return [part.box for part in self.parts]
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether the holders divide it, so that none of them averages all that it has."""
+        return len(self.holders) > 1 and not self.is_copied
+
+    @property
+    def versioned(self) -> list[Tensor]:
+        """The tensors whose version counters advance when it is written to."""
+        kept = self.named.flattened
+        return [self.named.tensor, *([kept.flat] if kept else []), *(p.tensor for p in self.parts)]
+
+
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """A place that leads to the storage of a tensor without a walk over the model.
+
+    Attributes:
+        table: The `__dict__`, or the like, that holds the tensor.
+        key: Its key there.
+        address: Where the storage was.
+        is_lazy: Whether the tensor may not be there yet.
+    """
+
+    table: MutableMapping[str, Any]
+    key: str
+    address: int
+    is_lazy: bool = False
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the tensor has the same storage still. Costs about 0.2 µs."""
+        tensor = self.table.get(self.key)
+        if tensor is None:
+            return self.is_lazy
+        return address(tensor) == self.address
+
+
+class Wrapped:
+    """A model and its wrappers as they are now.
+
+    Attributes:
+        modules: All modules, each once.
+
+    Args:
+        model: A module, or a mapping of prefix to module (pipeline stages).
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        roots = list(model.values()) if isinstance(model, Mapping) else [model]
+        for root in roots:
+            if not isinstance(root, nn.Module):
+                raise ConfigError(f"Averager: a {type(root).__name__} is not a torch.nn.Module")
+        self.modules = list(dict.fromkeys(m for root in roots for m in root.modules()))
+        self._groups = [
+            group for m in self.modules if isinstance(m, FSDPModule) for group in _groups_of(m)
+        ]
+        self._handles = [
+            m._handle
+            for m in self.modules
+            if isinstance(m, FullyShardedDataParallel) and m._handle is not None
+        ]
+        self._gathered = {
+            (info.module, info.param_name): param
+            for group in self._groups
+            for param in group.fsdp_params
+            for info in [param._module_info]
+        }
+
+    @torch.no_grad()
+    def reshard(self) -> None:
+        """Drop unsharded copies, so that parameters are their sharded storage again.
+
+        No communication. `FSDPModule.reshard` is not recursive, and does nothing where
+        `reshard_after_forward` is off and a forward was left by an exception: FSDP2 still takes
+        itself to be inside it.
+        """
+        for module in self.modules:
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        for group in self._groups:
+            group.wait_for_unshard()  # what was gathered ahead for a forward that never came
+            group._to_sharded()
+        for handle in self._handles:
+            flat = handle.flat_param
+            if not hasattr(flat, "_local_shard"):
+                continue  # before its first forward it has only the shard
+            handle.reshard(free_unsharded_flat_param=handle.uses_sharded_strategy)
+            handle._prefetched = False
+            for name in ("_full_param_padded", "_full_prec_full_param_padded"):
+                if hasattr(flat, name):  # of the two, reshard frees the one that is in use
+                    getattr(flat, name).untyped_storage().resize_(0)
+
+    def break_graphs(self) -> None:
+        """Make autograd refuse graphs that hold unsharded copies, which follow the shards' values.
+
+        A backward gathers the shards' new values into the copies that the forward saved, behind
+        their version counters.
+        """
+        for group in self._groups:
+            for param in group.fsdp_params:
+                if getattr(param, "_unsharded_param", None) is not None:
+                    torch.autograd.graph.increment_version(param._unsharded_param)
+        for handle in self._handles:
+            flat = handle.flat_param
+            torch.autograd.graph.increment_version(flat)
+            for tensor in getattr(flat, "_tensors", None) or ():
+                if tensor is not None:
+                    torch.autograd.graph.increment_version(tensor)
+
+    def named_tensors(self) -> list[NamedTensor]:
+        """Every parameter and persistent buffer, after `reshard`."""
+        elsewhere: dict[nn.Module, dict[str, Flattened]] = {}
+        for handle in self._handles:
+            flat = handle.flat_param
+            kept = flat._params or [flat] * len(flat._param_infos)
+            first: dict[tuple[nn.Module, str], Flattened] = {}
+            for index, (name, module, _) in enumerate(flat._param_infos):
+                first[module, name] = Flattened(flat, index, kept[index])
+            for name, module, _, prim_name, prim_module, _ in flat._shared_param_infos:
+                first[module, name] = first[prim_module, prim_name]
+            for (module, name), place in first.items():
+                elsewhere.setdefault(module, {})[name] = place
+        return named_tensors(self._model, elsewhere)
+
+    def locate(
+        self,
+        named: NamedTensor,
+        ranks: Sequence[int] = (0,),
+        replicas: dist.ProcessGroup | None = None,
+    ) -> LiveTensor:
+        """What this rank has of a tensor.
+
+        Args:
+            named: One of `named_tensors`.
+            ranks: The global ranks that may hold parts of the model.
+            replicas: The ranks that hold the same plain parameters; None if not known.
+
+        Raises:
+            ConfigError: It is on the meta device, or on ranks that are not among `ranks`.
+            UnsupportedError: Placements that are not understood.
+        """
+        if named.tensor.is_meta:
+            raise ConfigError(
+                f"{named.fqn} is on the meta device: materialise the model (to_empty, then its "
+                "weights) before building an Averager"
+            )
+        if named.flattened is not None:
+            return _flattened(named, named.flattened)
+        if isinstance(named.tensor, DTensor):
+            return self._sharded(named, named.tensor, ranks)
+        tensor = named.tensor.detach()
+        ddp = named.ddp
+        group = replicas if ddp is None else ddp.process_group
+        # Buffers may differ between replicas (BatchNorm statistics do): each rank keeps its own.
+        is_alike = group is not None and not named.is_buffer
+        shape = tuple(tensor.shape)
+        table = named.owner._buffers if named.is_buffer else named.owner._parameters
+        return LiveTensor(
+            named,
+            (Shard(named.fqn, Box.whole(shape), shape, tensor),),
+            shape,
+            tensor.dtype,
+            (shape, is_alike),
+            is_alike,
+            (group,) if group is not None and is_alike else (),
+            Anchor(table, named.key, address(tensor)),
+        )
+
+    def _sharded(self, named: NamedTensor, tensor: DTensor, ranks: Sequence[int]) -> LiveTensor:
+        mesh, placements, shape = tensor.device_mesh, tensor.placements, tuple(tensor.shape)
+        mesh_ranks = mesh.mesh.flatten().tolist()
+        if not set(mesh_ranks) <= set(ranks):
+            raise ConfigError(
+                f"{named.fqn} is sharded over the ranks {mesh_ranks}, of which the Averager has "
+                f"only {list(ranks)}: pass process_group= a group of all ranks of the model"
+            )
+        local = local_tensor(tensor)
+        box = _placed_box(named.fqn, tensor, local)
+        gathered = self._gathered.get((named.owner, named.key))
+        if gathered is None:
+            anchor = Anchor(named.owner._parameters, named.key, address(tensor))
+        else:
+            anchor = Anchor(vars(gathered), "sharded_param", address(tensor))
+        return LiveTensor(
+            named,
+            (Shard(named.fqn, box, shape, local),) if box.numel or 0 in shape else (),
+            shape,
+            tensor.dtype,
+            (shape, placements, tuple(mesh.shape)),
+            True,
+            tuple(
+                mesh.get_group(axis) for axis, p in enumerate(placements) if type(p) is Replicate
+            ),
+            anchor,
+        )
+
+
+def address(tensor: Tensor) -> int:
+    """Where this rank's storage of a tensor begins."""
+    if isinstance(tensor, DTensor):
+        return tensor._local_tensor.data_ptr()
+    return tensor.data_ptr()
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's storage of a tensor, plain and detached."""
+    return (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def _placed_box(fqn: str, tensor: DTensor, local: Tensor) -> Box:
+    """The box of a DTensor that lies on this rank."""
+    mesh, placements, shape = tensor.device_mesh, tensor.placements, tuple(tensor.shape)
+    place = mesh.get_coordinate()
+    cuts: list[list[tuple[int, int]]] | None = None
+    if place is not None:
+        cuts = _cuts(placements, tuple(mesh.shape), place, len(shape))
+    if cuts is not None:
+        extents = [nested_extent(n, dim_cuts) for n, dim_cuts in zip(shape, cuts, strict=True)]
+        box = Box(tuple(offset for offset, _ in extents), tuple(size for _, size in extents))
+        if box.sizes == tuple(local.shape) or not (box.numel or local.numel()):
+            return box
+    raise UnsupportedError(
+        f"{fqn} of shape {shape} has placements {placements} on a mesh of shape "
+        f"{tuple(mesh.shape)} and a local shard of shape {tuple(local.shape)}: these are not the "
+        "contiguous pieces that Shard, _StridedShard (FSDP2 over tensor parallelism) and Replicate "
+        "give"
+    )
+
+
+def _cuts(
+    placements: Sequence[Placement],
+    mesh_shape: Sequence[int],
+    place: Sequence[int],
+    num_dims: int,
+) -> list[list[tuple[int, int]]] | None:
+    """For each tensor dim its cuts, the outermost first; None for placements that cut otherwise.
+
+    Shards of one dim are nested from the left of the mesh to the right, but a `_StridedShard` lies
+    within the shards to its right that make up its `split_factor`.
+    """
+    cuts: list[list[tuple[int, int]]] = [[] for _ in range(num_dims)]
+    waiting: list[list[tuple[int, tuple[int, int]]]] = [[] for _ in range(num_dims)]
+    for placement, parts, index in zip(placements, mesh_shape, place, strict=True):
+        if isinstance(placement, _StridedShard):
+            dim = placement.dim
+            waiting[dim].append((int(placement.split_factor), (parts, index)))
+        elif type(placement) is ShardPlacement:
+            dim = placement.dim
+            cuts[dim].append((parts, index))
+            within = parts
+            while waiting[dim] and waiting[dim][-1][0] == within:
+                _, cut = waiting[dim].pop()
+                cuts[dim].append(cut)
+                within *= cut[0]
+        elif type(placement) is not Replicate:
+            return None
+    return None if any(waiting) else cuts
+
+
+def _flattened(named: NamedTensor, place: Flattened) -> LiveTensor:
+    """What this rank's shard of FSDP1's flat parameter has of one of its parameters."""
+    flat: Any = place.flat
+    index = place.index
+    if flat._param_extensions[index] is not None:
+        raise UnsupportedError(
+            f"{named.fqn} is a DTensor inside FullyShardedDataParallel: shard it with fully_shard "
+            "(FSDP2), which understands tensor parallelism"
+        )
+    base = getattr(flat, "_local_shard", flat).detach()
+    shape = tuple(flat._shapes[index])
+    # In storage the dims may be in another order: parameters that are not contiguous keep theirs.
+    order = list(range(len(shape)))
+    if not flat._contiguities[index]:
+        order.sort(key=lambda dim: -flat._strides[index][dim])
+    info = flat._shard_param_infos[index]
+    parts: list[Shard] = []
+    if info.in_shard:
+        start, stop = info.intra_param_start_idx, info.intra_param_end_idx + 1
+        begin = info.offset_in_shard
+        for stored in range_boxes([shape[dim] for dim in order], start, stop):
+            view = base[begin : begin + stored.numel].view(stored.sizes)
+            begin += stored.numel
+            back = [order.index(dim) for dim in range(len(shape))]
+            box = Box(tuple(stored.offsets[i] for i in back), tuple(stored.sizes[i] for i in back))
+            parts.append(Shard(named.fqn, box, shape, view.permute(back)))
+    return LiveTensor(
+        named,
+        tuple(parts),
+        shape,
+        base.dtype,
+        (shape, index, flat._numels_with_padding, flat._sharded_size),
+        True,
+        (),
+        Anchor(vars(flat), "_local_shard", address(base), is_lazy=True),
+    )
+
+
+def _groups_of(module: FSDPModule) -> Iterator[Any]:
+    """The groups of parameters that FSDP2 gathers together for a module."""
+    state = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):  # several since torch 2.12 or so
+        yield from state._fsdp_param_groups
+    elif state._fsdp_param_group is not None:
+        yield state._fsdp_param_group
