@@ -299,6 +299,9 @@ class ModelShards:
         now = {each.fqn: each for each in wrapped.named_tensors()}
         for name in sorted(now.keys() ^ self.by_name.keys()):
             change = "added to" if name in now else "removed from"
+            for tensor in self.tensors:
+                if name in tensor.named.aliases:  # load_state_dict(assign=True) unties
+                    change = f"untied from {tensor.fqn} in"
             raise ModelMismatch(
                 f"{name} was {change} the model after its Averager was built: build a new one"
             )

@@ -6,17 +6,40 @@ Comparisons are of bits, not of values, so that NaN equals itself and -0.0 is no
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from models import TokenModel, batch, build, reshard, set_weights, unwrapped, weights_at
+import torch.distributed as dist
+from models import (
+    FURTHER_SIZES,
+    Awkward,
+    TokenModel,
+    Uneven,
+    batch,
+    build,
+    flat_parameters,
+    reshard,
+    set_weights,
+    unwrapped,
+    weights_at,
+)
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 import distavg
+
+# Where each layout is tested, and the model that it allows.
+SIZES = {
+    "plain": (1, 2),
+    "ddp": (1, 2, 3, 4),
+    "fsdp2": (1, 2, 3, 4),
+    "fsdp2-keep": (2, 3),
+    **FURTHER_SIZES,
+}
+CASES = [(layout, size) for layout, sizes in SIZES.items() for size in sizes]
 
 RULES = {"ema": distavg.EMA(0.9), "swa": distavg.SWA(update_interval="1ba")}
 MULTI_AVG_FNS = {"ema": get_ema_multi_avg_fn(0.9), "swa": get_swa_multi_avg_fn()}
@@ -63,6 +86,8 @@ def trained(
 ) -> tuple[nn.Module, distavg.Averager]:
     """A model in a layout, and its averager with both RULES after these steps."""
     model = build(layout, cls)
+    if layout == "tp":  # what is not parallel is plain, and known to be alike by the user only
+        options.setdefault("replicas", dist.group.WORLD)
     averager = distavg.Averager(model, options.pop("rules", RULES), **options)
     feed(averager, model, steps)
     return model, averager
@@ -92,6 +117,12 @@ def storages(model: nn.Module) -> dict[str, Tensor]:
     """This rank's own storage of every parameter and buffer: what lasts when FSDP2 reshards."""
     reshard(model)
     inner = unwrapped(model)
+    flats = {
+        name: getattr(parameter, "_local_shard", parameter).detach()
+        for name, parameter in flat_parameters(model).items()
+    }
+    if flats:
+        return {**flats, **dict(inner.named_buffers())}
     found = {**dict(inner.named_parameters()), **dict(inner.named_buffers())}
     return {n: t.to_local() if isinstance(t, DTensor) else t.detach() for n, t in found.items()}
 
@@ -109,12 +140,20 @@ def outputs(model: nn.Module, seed: int = 0) -> Tensor:
 
 
 def outputs_with(
-    cls: type[TokenModel], weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+    cls: type[TokenModel],
+    weights: Mapping[str, Tensor],
+    dtype: torch.dtype = torch.float32,
+    layout: str = "plain",
 ) -> Tensor:
-    """The logits of a plain model in eval mode that holds these weights."""
-    plain = build("plain", cls, dtype).eval()
-    plain.load_state_dict(weights, strict=False)
-    return outputs(plain)
+    """The logits of another model in eval mode that holds these weights.
+
+    A plain one, except that of tensor parallelism, which adds up in another order.
+    """
+    other = build(layout if layout.startswith("tp") else "plain", cls, dtype).eval()
+    set_weights(
+        other, {name: weight for name, weight in weights.items() if weight.is_floating_point()}
+    )
+    return outputs(other)
 
 
 def communications(call: Callable[[], object]) -> int:
@@ -124,6 +163,6 @@ def communications(call: Callable[[], object]) -> int:
     return int(seen.get_total_counts())
 
 
-def world_sizes(layouts: Mapping[str, Sequence[int]]) -> list[tuple[str, int]]:
-    """Pairs of layout and world size, for `parametrize`."""
-    return [(layout, size) for layout, sizes in layouts.items() for size in sizes]
+def model_class(layout: str) -> type[TokenModel]:
+    """The most awkward model that a layout allows."""
+    return Awkward if layout in ("plain", "ddp") else Uneven

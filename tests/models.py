@@ -12,20 +12,63 @@ own. So a test can feed one sequence to any layout, and to an oracle on the unsh
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    FullyShardedDataParallel,
+    ShardingStrategy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
 LAYOUTS = ("plain", "ddp", "fsdp2", "fsdp2-keep")
+
+# The world sizes on which each of the further layouts is tested.
+FURTHER_SIZES = {
+    "fsdp2-half": (4,),
+    "hsdp": (2, 4),
+    "fsdp1": (1, 2, 3, 4),
+    "fsdp1-flat": (2, 3),
+    "fsdp1-grad-op": (2, 3),
+    "fsdp1-grad-op-flat": (2,),
+    "fsdp1-no-shard": (2, 3),
+    "fsdp1-no-shard-flat": (2,),
+    "fsdp1-hybrid": (4,),
+    "fsdp1-hybrid-flat": (4,),
+    "tp": (1, 2, 3),
+    "tp-fsdp2": (4,),
+}
+
+_Strategy = ShardingStrategy
+FSDP1_OPTIONS: dict[str, dict[str, Any]] = {
+    "fsdp1": {"use_orig_params": True},
+    "fsdp1-flat": {"use_orig_params": False},
+    "fsdp1-grad-op": {"use_orig_params": True, "sharding_strategy": _Strategy.SHARD_GRAD_OP},
+    "fsdp1-grad-op-flat": {"use_orig_params": False, "sharding_strategy": _Strategy.SHARD_GRAD_OP},
+    "fsdp1-no-shard": {"use_orig_params": True, "sharding_strategy": _Strategy.NO_SHARD},
+    "fsdp1-no-shard-flat": {"use_orig_params": False, "sharding_strategy": _Strategy.NO_SHARD},
+    "fsdp1-hybrid": {"use_orig_params": True, "sharding_strategy": _Strategy.HYBRID_SHARD},
+    "fsdp1-hybrid-flat": {"use_orig_params": False, "sharding_strategy": _Strategy.HYBRID_SHARD},
+}
+FSDP2_OPTIONS: dict[str, dict[str, Any]] = {
+    "fsdp2": {},
+    "fsdp2-keep": {"reshard_after_forward": False},
+    "fsdp2-half": {"reshard_after_forward": 2},  # on 4 ranks: halves after a forward
+    "hsdp": {},
+}
 
 
 class TokenModel(nn.Module):
@@ -141,21 +184,84 @@ def build(
         return model
     if layout == "ddp":
         return DistributedDataParallel(model)
-    if layout in ("fsdp2", "fsdp2-keep"):
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        options: dict[str, Any] = {"mesh": mesh}
-        if layout == "fsdp2-keep":
-            options["reshard_after_forward"] = False
-        for name in cls.sharded_apart:
-            fully_shard(model.get_submodule(name), **options)
-        fully_shard(model, **options)
-        return model
-    raise ValueError(f"layout {layout!r} is not one of {LAYOUTS}")
+    if layout in FSDP1_OPTIONS:
+        return in_fsdp1(model, **FSDP1_OPTIONS[layout])
+    if layout in ("tp", "tp-fsdp2"):
+        model = in_tensor_parallel(model, data_parallel=2 if layout == "tp-fsdp2" else 1)
+        if layout == "tp":
+            return model
+    if layout not in FSDP2_OPTIONS and layout != "tp-fsdp2":
+        raise ValueError(f"layout {layout!r} is not one of {LAYOUTS} and {list(FURTHER_SIZES)}")
+    mesh = mesh_of(layout)
+    for name in cls.sharded_apart:
+        fully_shard(model.get_submodule(name), mesh=mesh, **FSDP2_OPTIONS.get(layout, {}))
+    return fully_shard(model, mesh=mesh, **FSDP2_OPTIONS.get(layout, {}))
+
+
+def mesh_of(layout: str) -> DeviceMesh:
+    """All ranks; two replicas of half of them each for HSDP; the data axis next to a TP axis."""
+    size = dist.get_world_size()
+    if layout in ("hsdp", "fsdp1-hybrid", "fsdp1-hybrid-flat"):
+        return init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("replica", "shard"))
+    if layout == "tp-fsdp2":
+        return init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("data", "tensor"))["data"]
+    return init_device_mesh("cpu", (size,))
+
+
+def flat_parameters(model: nn.Module) -> dict[str, Any]:
+    """FSDP1's flat parameters, by the number of the unit."""
+    units = [m for m in model.modules() if isinstance(m, FullyShardedDataParallel)]
+    handles = [unit._handle for unit in units]
+    return {f"unit {i}": h.flat_param for i, h in enumerate(handles) if h is not None}
+
+
+def in_fsdp1(model: TokenModel, **options: Any) -> nn.Module:
+    """Nested FSDP1 units; frozen parameters stay outside, as flat parameters need them to."""
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    options |= {"device_id": torch.device("cpu"), "ignored_states": frozen}
+    if options.get("sharding_strategy") is ShardingStrategy.HYBRID_SHARD:
+        options["device_mesh"] = mesh_of("hsdp")
+    with warnings.catch_warnings():
+        # NO_SHARD is deprecated; one rank makes every strategy into it
+        warnings.filterwarnings("ignore", message=".*NO_SHARD.*")
+        for name in model.sharded_apart:
+            parent, _, child = name.rpartition(".")
+            unit = FullyShardedDataParallel(model.get_submodule(name), **options)
+            setattr(model.get_submodule(parent), child, unit)
+        return FullyShardedDataParallel(model, **options)
+
+
+def in_tensor_parallel(model: TokenModel, data_parallel: int = 1) -> TokenModel:
+    """Column- and row-wise linear layers; the tied embedding stays tied."""
+    shape = (data_parallel, dist.get_world_size() // data_parallel)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "tensor"))["tensor"]
+    plan: dict[str, Any] = {
+        "module": ColwiseParallel(output_layouts=Replicate()),
+        "block.narrow": RowwiseParallel(input_layouts=Replicate()),
+        "block.inner": ColwiseParallel(output_layouts=Replicate()),
+        "embed": RowwiseParallel(input_layouts=Replicate()),
+        "head": ColwiseParallel(output_layouts=Replicate()),
+    }
+    parallelize_module(model, mesh, plan)
+    model.head.weight = model.embed.weight
+    return model
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DDP, or the model itself."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    """The model inside DDP or FSDP1, or the model itself."""
+    wrappers = (DistributedDataParallel, FullyShardedDataParallel)
+    return model.module if isinstance(model, wrappers) else model
+
+
+@contextmanager
+def whole_parameters(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
+    """Parameters by canonical name; those of FSDP1 are whole inside. Collective under FSDP1."""
+    reshard(model)
+    with ExitStack() as stack:
+        if isinstance(model, FullyShardedDataParallel):
+            stack.enter_context(FullyShardedDataParallel.summon_full_params(model))
+        named = unwrapped(model).named_parameters(remove_duplicate=False)
+        yield {name.replace("_fsdp_wrapped_module.", ""): p for name, p in named}
 
 
 def batch(seed: int = 0, size: int = 8) -> Tensor:
@@ -200,6 +306,9 @@ def weights_at(
     if not isinstance(model_or_shapes, nn.Module):
         return {name: whole_tensor(name, shape, step) for name, shape in model_or_shapes.items()}
     model = unwrapped(model_or_shapes)
+    if isinstance(model_or_shapes, FullyShardedDataParallel):
+        dtype = next(model_or_shapes.parameters()).dtype
+        return weights_at(type(model)().to(dtype), step, frozen=frozen, buffers=buffers)
     # A parameter that FSDP2 has gathered has the same name, whole shape and dtype.
     weights = {
         name: whole_tensor(name, parameter.shape, step, parameter.dtype)
@@ -218,17 +327,16 @@ def set_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
     FSDP2 modules are resharded first, so that what is written is what the next forward gathers.
     """
-    reshard(model)
-    targets = dict(floating_buffers(unwrapped(model)))
-    targets |= dict(unwrapped(model).named_parameters(remove_duplicate=False))
-    for name, weight in weights.items():
-        target = targets[name]
-        if target.shape != weight.shape:
-            raise ValueError(f"{name}: {tuple(target.shape)} in the model, {tuple(weight.shape)}")
-        if isinstance(target, DTensor):
-            target.to_local().copy_(local_part(weight, target))
-        else:
-            target.copy_(weight)
+    with whole_parameters(model) as parameters:
+        targets = {**dict(floating_buffers(unwrapped(model))), **parameters}
+        for name, weight in weights.items():
+            target = targets[name]
+            if target.shape != weight.shape:
+                raise ValueError(f"{name}: {tuple(target.shape)} in the model, not {weight.shape}")
+            if isinstance(target, DTensor):
+                target.to_local().copy_(local_part(weight, target))
+            else:
+                target.copy_(weight)
 
 
 def local_part(whole: Tensor, like: DTensor) -> Tensor:
@@ -239,14 +347,15 @@ def local_part(whole: Tensor, like: DTensor) -> Tensor:
     coordinate = like.device_mesh.get_coordinate()
     if coordinate is None:
         raise ValueError("this rank is not in the tensor's mesh")
-    for axis, placement in enumerate(like.placements):
-        if type(placement) is Shard:
+    # FSDP2 shards what tensor parallelism has sharded already: the tensor axis comes first.
+    axes = list(enumerate(like.placements))
+    for axis, placement in reversed(axes) if like.device_mesh.ndim == 2 else axes:
+        if not isinstance(placement, Replicate):
+            assert isinstance(placement, (Shard, _StridedShard))
             chunks = whole.chunk(like.device_mesh.size(axis), placement.dim)
             index = coordinate[axis]
             empty = whole.narrow(placement.dim, 0, 0)
             whole = chunks[index] if index < len(chunks) else empty
-        elif not isinstance(placement, Replicate):
-            raise NotImplementedError(f"{placement} needs its own rule here")
     return whole
 
 
@@ -259,16 +368,24 @@ def reshard(model: nn.Module) -> None:
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     """Clones of the model's parameters as whole tensors, by canonical name. Collective."""
-    reshard(model)
-    return {
-        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
-        for name, p in unwrapped(model).named_parameters()
-    }
+    with whole_parameters(model) as parameters:
+        first: dict[int, str] = {}
+        for name, parameter in parameters.items():
+            first.setdefault(id(parameter), name)
+        return {
+            name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+            for name, p in parameters.items()
+            if first[id(p)] == name
+        }
 
 
 def floating_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The buffers that may be averaged."""
-    return ((name, b) for name, b in model.named_buffers() if b.is_floating_point())
+    return (
+        (name.replace("_fsdp_wrapped_module.", ""), buffer)
+        for name, buffer in model.named_buffers()
+        if buffer.is_floating_point()
+    )
 
 
 def integer_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

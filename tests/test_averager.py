@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from checks import (
+    CASES,
     MULTI_AVG_FNS,
     RULES,
     cloned,
@@ -19,12 +20,12 @@ from checks import (
     differences,
     error_of,
     feed,
+    model_class,
     same,
     storages,
     timed_error_of,
     torch_average,
     trained,
-    world_sizes,
 )
 from models import Awkward, TokenModel, Uneven, build, set_weights, unwrapped, weights_at
 from ranks import run_ranks
@@ -44,15 +45,6 @@ from distavg import (
     StateError,
     UnsupportedError,
 )
-
-CASES = world_sizes(
-    {"plain": [1, 2], "ddp": [1, 2, 3, 4], "fsdp2": [1, 2, 3, 4], "fsdp2-keep": [2, 3]}
-)
-
-
-def model_class(layout: str) -> type[TokenModel]:
-    return Uneven if layout.startswith("fsdp2") else Awkward
-
 
 # ---------------------------------------------------------------- values
 
@@ -86,8 +78,7 @@ def test_without_a_process_group_as_well() -> None:
 
 
 def bytes_held(layout: str) -> list[int]:
-    model = build(layout, model_class(layout))
-    averager = Averager(model, RULES)
+    _, averager = trained(layout, model_class(layout), ())
     return [averager[name].nbytes for name in averager.names]
 
 

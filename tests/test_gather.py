@@ -9,30 +9,23 @@ import pytest
 import torch
 import torch.distributed as dist
 from checks import (
+    CASES,
     communications,
     differences,
     error_of,
+    model_class,
     outputs,
     outputs_with,
     same,
     storages,
     torch_average,
     trained,
-    world_sizes,
 )
-from models import Awkward, TokenModel, Uneven, build, unwrapped, whole_weights
+from models import Awkward, Uneven, build, unwrapped, whole_weights
 from ranks import run_ranks
 from torch import Tensor, nn
 
 import distavg
-
-CASES = world_sizes(
-    {"plain": [1, 2], "ddp": [1, 2, 3, 4], "fsdp2": [1, 2, 3, 4], "fsdp2-keep": [2]}
-)
-
-
-def model_class(layout: str) -> type[TokenModel]:
-    return Uneven if layout.startswith("fsdp2") else Awkward
 
 
 def whole_tensors(layout: str, all_ranks: bool) -> tuple[dict[str, Tensor], list[str]]:
@@ -211,7 +204,7 @@ def permanent(layout: str) -> tuple[list[str], bool, str]:
     )
     model.eval()
     live_buffers = dict(unwrapped(model).named_buffers())
-    is_right = same(outputs(model), outputs_with(cls, {**expected, **live_buffers}))
+    is_right = same(outputs(model), outputs_with(cls, {**expected, **live_buffers}, layout=layout))
     return wrong, is_right, error_of(averager.step)
 
 

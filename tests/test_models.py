@@ -158,6 +158,6 @@ def test_build_in_bf16() -> None:
 
 
 def test_build_refuses_an_unknown_layout() -> None:
-    with pytest.raises(ValueError, match="layout 'tp' is not one of"):
-        build("tp")
+    with pytest.raises(ValueError, match="layout 'zero' is not one of"):
+        build("zero")
     assert not dist.is_initialized()

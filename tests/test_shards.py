@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from checks import differences, error_of, same, storages, world_sizes
-from models import LAYOUTS, Awkward, TokenModel, Uneven, backward, build, set_weights, weights_at
+from checks import CASES, differences, error_of, model_class, same, storages
+from models import LAYOUTS, Awkward, Uneven, backward, build, set_weights, weights_at
 from ranks import run_ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -19,7 +19,6 @@ from distavg import ConfigError, ModelMismatch, UnsupportedError
 from distavg.comm import Comm
 from distavg.shards import ModelShards
 
-CASES = world_sizes({"plain": [1], "ddp": [1, 2, 3, 4], "fsdp2": [1, 2, 3, 4], "fsdp2-keep": [2]})
 TRAINABLE = {
     cls: {n: p.numel() for n, p in build("plain", cls).named_parameters() if p.requires_grad}
     for cls in (Awkward, Uneven)
@@ -28,10 +27,6 @@ TRAINABLE = {
 LARGEST_CUT = dict.fromkeys((Awkward, Uneven), 7)
 
 Boxes = list[tuple[str, tuple[slice, ...]]]
-
-
-def model_class(layout: str) -> type[TokenModel]:
-    return Uneven if layout.startswith("fsdp2") else Awkward
 
 
 def owned_boxes(layout: str, after_forward: bool) -> tuple[Boxes, list[str]]:
@@ -43,7 +38,8 @@ def owned_boxes(layout: str, after_forward: bool) -> tuple[Boxes, list[str]]:
     if after_forward:
         with torch.no_grad():
             model(torch.tensor([1, 2]))  # an FSDP2 root has unsharded parameters now
-    shards = ModelShards(model, Comm())
+    replicas = dist.group.WORLD if layout in ("plain", "tp") else None
+    shards = ModelShards(model, Comm(), replicas=replicas)
     wrong = [s.fqn for s in shards.owned if not same(s.tensor, weights[s.fqn][s.box.slices()])]
     return [(shard.fqn, shard.box.slices()) for shard in shards.owned], wrong
 

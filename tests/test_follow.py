@@ -1,0 +1,233 @@
+"""What changes under an averager's feet: it follows or says what happened, and nothing is stale."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checks import RULES, cloned, differences, error_of, feed, same, torch_average, trained
+from models import Awkward, Uneven, build, reshard, set_weights, unwrapped, weights_at
+from ranks import run_ranks
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+import distavg
+from distavg import EMA, SWA, Averager
+
+
+def frozen_names(model: nn.Module) -> list[str]:
+    return [n for n, p in unwrapped(model).named_parameters() if not p.requires_grad]
+
+
+def expected_after_thaw(layout: str, name: str, thawed_at: int, steps: int) -> Tensor:
+    """The average of one parameter that is copied at a step and averaged from then on."""
+    shape = build("plain", Uneven).get_parameter(name).shape
+    weights = [weights_at({name: shape}, step)[name] for step in range(steps)]
+    average = weights[thawed_at].clone()
+    for step in range(thawed_at + 1, steps):
+        average.lerp_(weights[step], 1 - 0.9 if layout == "ema" else 1 / (step + 1))
+    return average
+
+
+def thaw(layout: str) -> tuple[list[str], int, int, int]:
+    """What differs after a parameter was unfrozen; collectives of that step; elements held."""
+    model, averager = trained(layout, Uneven, range(2))
+    unwrapped(model).get_parameter("frozen").requires_grad_(True)
+    set_weights(model, weights_at(model, 2))
+    with CommDebugMode() as seen:
+        averager.step()
+    feed(averager, model, [3])
+    wrong = []
+    for rule in RULES:
+        found = averager.full_state_dict(rule, all_ranks=True)
+        expected = torch_average(Uneven, rule, range(4))
+        expected["frozen"] = expected_after_thaw(rule, "frozen", 2, 4)
+        wrong += differences(
+            {n: found[n] for n in RULE_NAMES}, {n: expected[n] for n in RULE_NAMES}
+        )
+    with averager.applied("ema"):
+        pass
+    held = sum(shard.tensor.numel() for shard in averager["ema"].shards())
+    total = sum(p.numel() for p in unwrapped(model).parameters())
+    return wrong, seen.get_total_counts(), held, total
+
+
+RULE_NAMES = [name for name, _ in Uneven().named_parameters()]
+
+
+@pytest.mark.parametrize("layout", ["plain", "ddp", "fsdp2", "fsdp2-keep"])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_parameter_that_is_unfrozen_later_starts_with_a_copy(
+    layout: str, world_size: int
+) -> None:
+    results = run_ranks(thaw, world_size, layout)
+    assert [wrong for wrong, *_ in results] == [[]] * world_size
+    assert all(collectives == 0 for _, collectives, _, _ in results)
+    if layout != "plain":  # nothing is held twice
+        assert sum(held for _, _, held, _ in results) == results[0][3]
+
+
+def thaw_and_save(path: Path) -> tuple[list[str], str]:
+    model, averager = trained("ddp", Uneven, range(2))
+    averager.save(path / "before")
+    unwrapped(model).get_parameter("frozen").requires_grad_(True)
+    averager.save(path / "after")  # found here, without a step in between
+    other, again = trained("fsdp2", Uneven, ())
+    refused = error_of(again.load, path / "after")
+    other.get_parameter("frozen").requires_grad_(True)
+    again.load(path / "after")
+    first = averager.full_state_dict("ema", all_ranks=True)
+    return differences(again.full_state_dict("ema", all_ranks=True), first), refused
+
+
+def test_an_unfrozen_parameter_is_saved_and_loaded(tmp_path: Path) -> None:
+    for wrong, refused in run_ranks(thaw_and_save, 2, tmp_path):
+        assert wrong == []
+        assert "frozen is in the checkpoint and not averaged here" in refused
+
+
+def freeze_later(layout: str) -> list[str]:
+    model, averager = trained(layout, Uneven, range(2))
+    weights = weights_at(model, 2)
+    for parameter in unwrapped(model).parameters():
+        parameter.requires_grad_(False)
+    reshard(model)
+    set_weights(model, weights)
+    averager.step()
+    wrong: list[str] = []
+    for rule in RULES:
+        found = averager.full_state_dict(rule, all_ranks=True)
+        expected = torch_average(Uneven, rule, range(3))
+        wrong += differences({n: found[n] for n in weights}, {n: expected[n] for n in weights})
+    return wrong
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+def test_a_parameter_that_is_frozen_later_goes_on_being_averaged(layout: str) -> None:
+    assert run_ranks(freeze_later, 2, layout) == [[], []]
+
+
+def convert(model: nn.Module) -> None:
+    model.to(torch.float64)
+
+
+def assign(model: nn.Module) -> None:
+    state = cloned(model.state_dict())
+    model.load_state_dict(state, assign=True)
+    inner = unwrapped(model)
+    assert isinstance(inner, Uneven)
+    inner.head.weight = inner.embed.weight  # assign unties
+    for parameter, frozen in ((p, n in FROZEN) for n, p in unwrapped(model).named_parameters()):
+        parameter.requires_grad_(not frozen)
+
+
+FROZEN = frozen_names(Uneven())
+
+
+def replace_one(model: nn.Module) -> None:
+    inner = unwrapped(model)
+    old = inner.get_parameter("one")
+    assert isinstance(inner, Uneven)
+    inner.one = nn.Parameter(old.detach().clone())
+
+
+CHANGES = {"converted": convert, "assigned": assign, "replaced": replace_one}
+
+
+def change_and_go_on(layout: str, change: str) -> tuple[list[str], list[str], bool]:
+    """What differs from an average of the same weights, and what a swap leaves behind."""
+    model, averager = trained(layout, Uneven, range(2))
+    reshard(model)
+    CHANGES[change](model)
+    dtype = unwrapped(model).get_parameter("one").dtype
+    for step in (2, 3):
+        set_weights(model, {n: w.to(dtype) for n, w in weights_at(Uneven(), step).items()})
+        averager.step()
+    live = cloned({n: local(p) for n, p in unwrapped(model).named_parameters()})
+    wrong = []
+    for rule in RULES:
+        found = averager.full_state_dict(rule, all_ranks=True)
+        expected = torch_average(Uneven, rule, range(4))
+        wrong += differences({n: found[n] for n in live}, {n: expected[n] for n in live})
+    with averager.applied("ema"):
+        inside = {n: local(p) for n, p in unwrapped(model).named_parameters()}
+        has_moved = not same(inside["one"], live["one"]) or not live["one"].numel()
+    reshard(model)
+    after = {n: local(p) for n, p in unwrapped(model).named_parameters()}
+    return sorted(set(wrong)), differences(after, live), has_moved
+
+
+def local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size", "change"),
+    [
+        (layout, world_size, change)
+        for layout, world_size in (("plain", 1), ("ddp", 2), ("fsdp2", 2))
+        for change in CHANGES
+        if (layout, change) != ("fsdp2", "replaced")  # FSDP2 goes on with the one that it had
+    ],
+)
+def test_storage_and_dtypes_that_change_are_followed(
+    layout: str, world_size: int, change: str
+) -> None:
+    for wrong, left, has_moved in run_ranks(change_and_go_on, world_size, layout, change):
+        assert wrong == [
+            n for n in FROZEN if change == "converted"
+        ]  # live ones are read as they are
+        assert left == []
+        assert has_moved
+
+
+def test_weights_that_move_inside_applied_cannot_be_put_back() -> None:
+    model, averager = trained("plain", Awkward)
+
+    def body() -> None:
+        with averager.applied("ema"):
+            model.double()
+            averager.save("/nonexistent")
+
+    assert "live ones cannot be put back" in error_of(body)
+    with pytest.raises(distavg.StateError, match="live ones cannot be put back"):
+        averager.step()
+
+
+def test_the_old_storage_is_let_go() -> None:
+    model = nn.Linear(64, 64)
+    averager = Averager(model, EMA())
+    averager.step()
+    old = model.weight.data_ptr()
+    model.weight = nn.Parameter(torch.zeros(64, 64))
+    averager.step()
+    gc.collect()
+    held = [t for t in gc.get_objects() if type(t) is Tensor and t.data_ptr() == old]
+    assert held == []
+
+
+def removed(what: str) -> str:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    averager = Averager(model, SWA(update_interval="1ba"))
+    averager.step()
+    if what == "removed":
+        del model[1].weight
+    else:
+        model[0].extra = nn.Parameter(torch.zeros(1))
+    calls: dict[str, Any] = {"removed": averager.step, "added": averager.applied().__enter__}
+    return error_of(calls[what])
+
+
+def test_tensors_that_come_or_go_are_named() -> None:
+    assert removed("removed").startswith("ModelMismatch: 1.weight was removed from the model")
+    model = build("plain", Awkward)
+    averager = Averager(model, EMA())
+    assert isinstance(model, Awkward)
+    model.head.weight = nn.Parameter(model.embed.weight.detach().clone())
+    text = error_of(averager.applied().__enter__)
+    assert text.startswith("ModelMismatch: head.weight was untied from embed.weight in the model")
+    assert removed("added").startswith("ModelMismatch: 0.extra was added to the model")
