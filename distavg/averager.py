@@ -4,7 +4,6 @@ import logging
 import os
 import re
 import uuid
-import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -135,7 +134,6 @@ class Averager:
             }
         self._check_built_alike()
         self._shards.check_replicas("building an Averager")
-        weakref.finalize(self, self._comm.close).atexit = False
         if self._comm.size > 1 and self._comm.rank == 0 and self._shards.has_unknown_replicas:
             logger.warning(
                 "the model has plain parameters outside DDP: every rank keeps their averages "

@@ -7,12 +7,13 @@ timeout: a rank that does not come ends as a `RankError` on the others, never as
 
 import atexit
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -48,35 +49,19 @@ class Comm:
         self.group: dist.ProcessGroup | None = None
         self._timeout = timeout
         self._announced: object = None
-        self._is_of_all = False
         self.ranks: tuple[int, ...] = (0,)
         self.rank, self.size = 0, 1
         if dist.is_available() and dist.is_initialized():
-            ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD)
-            # Groups of some ranks get their names from the ranks alone. A name that comes again
-            # finds the addresses of the group before it, so such a group is never given back.
-            self._is_of_all = len(ranks) == dist.get_world_size()
+            self.ranks = tuple(dist.get_process_group_ranks(process_group or dist.group.WORLD))
             with _lost_rank("making a group of the ranks"):
-                self.group = dist.new_group(
-                    ranks,
-                    timeout=timeout,
-                    backend="gloo",
-                    use_local_synchronization=not self._is_of_all,
-                )
-            self.ranks = tuple(ranks)
+                self.group = _GROUPS.get(self.ranks, timeout)
             _let_gloo_finish_at_exit()
-            self.rank, self.size = dist.get_rank(self.group), len(ranks)
+            self.rank, self.size = dist.get_rank(self.group), len(self.ranks)
 
     @property
     def is_parallel(self) -> bool:
         """Whether there is a process group, be it of one rank."""
         return self.group is not None
-
-    def close(self) -> None:
-        """Give the group's sockets and threads back, if it is a group of all ranks."""
-        if self.group is not None and self._is_of_all and dist.is_initialized():
-            dist.destroy_process_group(self.group)
-        self.group = None
 
     def gather(self, value: T, doing: str) -> list[T]:
         """Every rank's small picklable value, in rank order, on every rank. Collective.
@@ -129,21 +114,16 @@ class Comm:
     def replica_group(
         self, ranks: tuple[int, ...], device_type: str, known: dist.ProcessGroup | None
     ) -> "ReplicaGroup":
-        """The ranks that hold replicas on a kind of device. Collective over these ranks.
+        """The ranks that hold replicas on a kind of device. Not collective.
 
-        Host tensors travel over gloo with this object's timeout, others over the `known` group of
-        these ranks, or one of its own.
+        Host tensors travel over this object's gloo group, others over the `known` group of these
+        ranks; where there is none, by way of host memory.
         """
-        group = self.group if device_type == "cpu" and ranks == self.ranks else known
-        if group is None or (device_type == "cpu" and group is not self.group):
-            with _lost_rank("making a group of replicas"):
-                group = dist.new_group(
-                    ranks,
-                    timeout=self._timeout,
-                    backend="gloo" if device_type == "cpu" else None,
-                    use_local_synchronization=True,
-                )
-        return ReplicaGroup(group, ranks, dist.get_rank(group), self._timeout)
+        if self.group is None:
+            raise ValueError("without a process group there are no replicas")
+        direct = known if device_type != "cpu" else None
+        here = self.ranks[self.rank]
+        return ReplicaGroup(self.group, direct, ranks, ranks.index(here), self._timeout)
 
     def announce(self, code: int, doing: str) -> dict[int, int]:
         """Tell every rank how a phase ended here: 0 for well. Collective.
@@ -232,18 +212,48 @@ def _lost_rank(doing: str) -> Iterator[None]:
         ) from error
 
 
+class _Groups:
+    """The gloo groups that this process has made, one for each set of ranks and timeout.
+
+    Averagers share them, and none is given back: PyTorch names a group of some ranks by the number
+    of groups that there are, which must not depend on when Python collects its garbage.
+    """
+
+    def __init__(self) -> None:
+        self._world: dist.ProcessGroup | None = None
+        self._made: dict[tuple[tuple[int, ...], timedelta | None], dist.ProcessGroup] = {}
+
+    def get(self, ranks: tuple[int, ...], timeout: timedelta | None) -> dist.ProcessGroup:
+        """The group of these ranks. Collective over them when it is asked for first."""
+        if self._world is not dist.group.WORLD:  # the job has begun anew
+            self._world, self._made = dist.group.WORLD, {}
+        if (ranks, timeout) not in self._made:
+            self._made[ranks, timeout] = dist.new_group(
+                list(ranks),
+                timeout=timeout,
+                backend="gloo",
+                use_local_synchronization=len(ranks) < dist.get_world_size(),
+            )
+        return self._made[ranks, timeout]
+
+
+_GROUPS = _Groups()
+
+
 @dataclass(frozen=True)
 class ReplicaGroup:
     """The ranks that hold replicas of tensors on one kind of device.
 
     Attributes:
-        group: The process group that moves the data.
-        ranks: Its global ranks.
-        rank: This process's rank within the group.
+        host: A gloo group that they belong to.
+        direct: The group that moves the tensors where they lie, such as NCCL's; None for `host`.
+        ranks: Their global ranks.
+        rank: This process's place among them.
         timeout: How long a broadcast waits for a rank; None for the group's own timeout.
     """
 
-    group: dist.ProcessGroup
+    host: dist.ProcessGroup
+    direct: dist.ProcessGroup | None
     ranks: tuple[int, ...]
     rank: int
     timeout: timedelta | None
@@ -255,54 +265,121 @@ class ReplicaGroup:
 
     @torch.no_grad()
     def share(self, pieces: Sequence[Sequence[Tensor]], doing: str) -> None:
-        """Overwrite every rank's tensors by their owner's. Collective over the group.
+        """Overwrite every rank's tensors by their owner's. Collective over the ranks.
 
-        One broadcast after another from each owner: a large contiguous tensor in place, small
-        and strided ones gathered in messages of at most 8 MiB. Each rank receives the bytes that
-        it does not own, once.
+        Each rank receives the bytes that it does not own, once. On hosts all owners send at the
+        same time, to every other rank, in rounds of one message each; otherwise one broadcast
+        follows another. Parts of large contiguous tensors travel in place, small and strided
+        ones gathered in messages.
 
         Args:
             pieces: For each rank, the tensors that it owns; the same shapes on every rank.
             doing: What for, in an error's words.
         """
-        for owner, tensors in enumerate(pieces):
-            packed: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-            for tensor in tensors:
-                if tensor.nbytes >= _MESSAGE_BYTES and tensor.is_contiguous():
-                    self._broadcast(tensor, owner, doing)
-                else:
-                    limit = _MESSAGE_BYTES // tensor.itemsize
-                    packed.setdefault((tensor.device, tensor.dtype), []).extend(
-                        part for (part,) in chunks((tensor,), limit)
-                    )
-            for alike in packed.values():
-                for bucket in _buckets(alike):
-                    self._broadcast_packed(bucket, owner, doing)
+        if self.direct is not None:
+            for owner, tensors in enumerate(pieces):
+                for message in _messages(tensors, _MESSAGE_BYTES):
+                    self._broadcast(message, owner, doing)
+            return
+        limit = max(_MESSAGE_BYTES * 4 // self.size, 2**16)
+        rounds = itertools.zip_longest(*(_messages(tensors, limit) for tensors in pieces))
+        for messages in rounds:
+            self._exchange(messages, doing)
 
-    def _broadcast(self, tensor: Tensor, owner: int, doing: str) -> None:
+    def _exchange(self, messages: Sequence["_Message | None"], doing: str) -> None:
+        """One round: each owner's message, if it has one left, to all others."""
+        received: list[tuple[_Message, Tensor]] = []
+        works: list[tuple[dist.Work, Tensor]] = []
         with _lost_rank(doing):
-            work = dist.broadcast(tensor, group=self.group, group_src=owner, async_op=True)
+            for owner, message in enumerate(messages):
+                if message is None:
+                    continue
+                if owner != self.rank:
+                    flat = message.buffer()
+                    received.append((message, flat))
+                    work = dist.irecv(flat, self.ranks[owner], group=self.host)
+                    works.append((cast(dist.Work, work), flat))
+                    continue
+                flat = message.packed()
+                for other in self.ranks:
+                    if other != self.ranks[owner]:
+                        work = dist.isend(flat, other, group=self.host)
+                        works.append((cast(dist.Work, work), flat))
+            try:
+                for work, _ in works:
+                    work.wait()
+            except BaseException:
+                _ABANDONED.append(works)  # the tensors must outlive the messages
+                raise
+        for message, flat in received:
+            message.unpack(flat)
+
+    def _broadcast(self, message: "_Message", owner: int, doing: str) -> None:
+        flat = message.packed(on_host=False)
+        with _lost_rank(doing):
+            work = dist.broadcast(flat, group=self.direct, group_src=owner, async_op=True)
             work.wait(self.timeout) if self.timeout is not None else work.wait()
-
-    def _broadcast_packed(self, tensors: list[Tensor], owner: int, doing: str) -> None:
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        self._broadcast(flat, owner, doing)
         if self.rank != owner:
-            parts = torch.split(flat, [tensor.numel() for tensor in tensors])
-            for tensor, part in zip(tensors, parts, strict=True):
-                tensor.copy_(part.view(tensor.shape))
+            message.unpack(flat)
 
 
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Consecutive tensors in groups of at most one message."""
-    bucket: list[Tensor] = []
+_ABANDONED: list[object] = []
+
+
+@dataclass(frozen=True, slots=True)
+class _Message:
+    """Tensors of one device and dtype that travel together."""
+
+    tensors: Sequence[Tensor]
+
+    @property
+    def _in_place(self) -> Tensor | None:
+        """The tensor's own memory, if there is one tensor and it is contiguous."""
+        alone = self.tensors[0] if len(self.tensors) == 1 else None
+        return alone.view(-1) if alone is not None and alone.is_contiguous() else None
+
+    def packed(self, *, on_host: bool = True) -> Tensor:
+        """The values, in a row."""
+        flat = self._in_place
+        if flat is None:
+            flat = torch.cat([tensor.reshape(-1) for tensor in self.tensors])
+        return flat.cpu() if on_host else flat
+
+    def buffer(self) -> Tensor:
+        """Host memory to receive the values in."""
+        flat, first = self._in_place, self.tensors[0]
+        if flat is not None and flat.device.type == "cpu":
+            return flat
+        return torch.empty(
+            sum(tensor.numel() for tensor in self.tensors), dtype=first.dtype, device="cpu"
+        )
+
+    def unpack(self, flat: Tensor) -> None:
+        """Write received values to the tensors, unless they are there."""
+        if self._in_place is not None and flat.data_ptr() == self.tensors[0].data_ptr():
+            return
+        parts = torch.split(flat, [tensor.numel() for tensor in self.tensors])
+        for tensor, part in zip(self.tensors, parts, strict=True):
+            tensor.copy_(part.view(tensor.shape))
+
+
+def _messages(tensors: Sequence[Tensor], limit: int) -> Iterator[_Message]:
+    """Tensors in messages of at most `limit` bytes, the same for the same shapes."""
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
-        if bucket and sum(t.nbytes for t in bucket) + tensor.nbytes > _MESSAGE_BYTES:
-            yield bucket
-            bucket = []
-        bucket.append(tensor)
-    if bucket:
-        yield bucket
+        for (part,) in chunks((tensor,), max(limit // tensor.itemsize, 1)):
+            if part.nbytes * 2 > limit and part.is_contiguous():
+                yield _Message([part])
+            elif part.numel():
+                alike.setdefault((part.device, part.dtype), []).append(part)
+    for parts in alike.values():
+        bucket: list[Tensor] = []
+        for part in parts:
+            if bucket and sum(t.nbytes for t in bucket) + part.nbytes > limit:
+                yield _Message(bucket)
+                bucket = []
+            bucket.append(part)
+        yield _Message(bucket)
 
 
 def _exported_type(error: Exception) -> Callable[[str], DistavgError]:

@@ -22,7 +22,7 @@ from distavg.errors import ConfigError, ModelMismatch, ReplicaMismatch, Unsuppor
 from distavg.foreach import checksum
 from distavg.layout import divide
 from distavg.names import NamedTensor
-from distavg.wrappers import LiveTensor, Model, Shard, Wrapped
+from distavg.wrappers import LiveTensor, Model, Shard, Wrapped, ranks_of
 
 __all__ = ["GlobalTensor", "ModelShards", "check_equal"]
 
@@ -211,12 +211,10 @@ class ModelShards:
         self.catalogue = [tensor for _, tensor in merged.values()]
 
     def _make_groups(self) -> None:
-        """The groups of replicas. Collective over each of them, in one order on all ranks."""
+        """The groups of replicas. Not collective."""
         self._groups: dict[tuple[tuple[int, ...], str], ReplicaGroup] = {}
         known = {
-            tuple(dist.get_process_group_ranks(group)): group
-            for tensor in self.tensors
-            for group in tensor.groups
+            tuple(ranks_of(group)): group for tensor in self.tensors for group in tensor.groups
         }
         wanted = {
             (tensor.holders, part.tensor.device.type)
@@ -409,14 +407,13 @@ def _check_dtype(tensor: LiveTensor) -> None:
 
 
 def _check_holders(tensor: LiveTensor) -> None:
-    """Whether all ranks of the groups along which a tensor is replicated have it."""
-    for group in tensor.groups if tensor.parts else ():
-        ranks = dist.get_process_group_ranks(group)
-        if not set(ranks) <= set(tensor.holders):
-            raise ReplicaMismatch(
-                f"{tensor.fqn} of shape {tensor.global_shape} is on ranks {list(tensor.holders)} "
-                f"only, of {ranks}: these ranks should hold replicas. Build the model alike on them"
-            )
+    """Whether all ranks that must have the same boxes of a tensor have them."""
+    if tensor.parts and not tensor.alike_on <= set(tensor.holders):
+        raise ReplicaMismatch(
+            f"{tensor.fqn} of shape {tensor.global_shape} is on ranks {list(tensor.holders)} "
+            f"only, of {sorted(tensor.alike_on)}: these ranks should hold replicas. Build the "
+            "model alike on them"
+        )
 
 
 def _storage(tensor: LiveTensor) -> object:

@@ -6,6 +6,7 @@ torch 2.6 to 2.13) that is used here only. Counters are 1-D float64 tensors: DCP
 storage corrupts files that hold Python ints, and its consolidation turns zero-dim tensors to 0.
 """
 
+import functools
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -142,20 +143,33 @@ def _global_tensor(
         )
     if mesh is None or _is_piece(tensor) or not (tensor.is_divided or tensor.named.flattened):
         return shards[0].tensor
-    from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
-
     pieces, offsets = [s.tensor for s in shards], [s.box.offsets for s in shards]
     if not pieces:  # DCP wants one box from every rank: an empty one past the last row
         pieces = [torch.empty((0, *shape[1:]), dtype=dtype, device=live.device)]
         offsets = [(shape[0], *(0,) * (len(shape) - 1))]
     return DTensor.from_local(
-        LocalShardsWrapper(pieces, offsets),
+        _pieces_class()(pieces, offsets),
         mesh,
         [ShardPlacement(0)],
         run_check=False,
         shape=torch.Size(shape),
         stride=torch.empty(shape, device="meta").stride(),
     )
+
+
+@functools.cache
+def _pieces_class() -> Any:
+    """`LocalShardsWrapper` for tensors of any number of dims, imported when it is needed."""
+    from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
+
+    class Pieces(LocalShardsWrapper):
+        """DTensor.from_local views its tensor in its own shape, refused for several 3-D pieces."""
+
+        @staticmethod
+        def handle_view(args: Any, kwargs: Any) -> Any:
+            return LocalShardsWrapper(args[0].local_shards(), args[0].local_offsets())
+
+    return Pieces
 
 
 def _given_shards(

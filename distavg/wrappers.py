@@ -80,7 +80,8 @@ class LiveTensor:
         dtype: Its dtype.
         layout: How it is spread over the ranks: equal on all ranks if it is equal on one.
         is_alike: Whether ranks that have the same boxes of it are known to hold the same values.
-        groups: Process groups along which it may be replicated.
+        alike_on: Global ranks that must have the same boxes of it.
+        groups: Process groups that may move it between replicas.
         anchor: Where to look whether the storage is still the same.
         is_held: Whether averages hold it; frozen, excluded and live-buffer tensors are not held.
         holders: The global ranks that have the same boxes of it; this one, if it has none.
@@ -93,6 +94,7 @@ class LiveTensor:
     dtype: torch.dtype
     layout: Hashable
     is_alike: bool
+    alike_on: frozenset[int]
     groups: tuple[dist.ProcessGroup, ...]
     anchor: "Anchor"
     is_held: bool = False
@@ -274,7 +276,8 @@ class Wrapped:
             tensor.dtype,
             (shape, is_alike),
             is_alike,
-            (group,) if group is not None and is_alike else (),
+            frozenset(ranks_of(group)) if group is not None and is_alike else frozenset(),
+            (group,) if group is not None else (),
             Anchor(table, named.key, address(tensor)),
         )
 
@@ -293,6 +296,7 @@ class Wrapped:
             anchor = Anchor(named.owner._parameters, named.key, address(tensor))
         else:
             anchor = Anchor(vars(gathered), "sharded_param", address(tensor))
+        groups = tuple(mesh.get_group(axis) for axis in range(mesh.ndim))
         return LiveTensor(
             named,
             (Shard(named.fqn, box, shape, local),) if box.numel or 0 in shape else (),
@@ -300,11 +304,21 @@ class Wrapped:
             tensor.dtype,
             (shape, placements, tuple(mesh.shape)),
             True,
-            tuple(
-                mesh.get_group(axis) for axis, p in enumerate(placements) if type(p) is Replicate
+            frozenset().union(
+                *(
+                    ranks_of(g)
+                    for g, p in zip(groups, placements, strict=True)
+                    if type(p) is Replicate
+                )
             ),
+            groups,
             anchor,
         )
+
+
+def ranks_of(group: dist.ProcessGroup) -> list[int]:
+    """The global ranks of a group."""
+    return dist.get_process_group_ranks(group)
 
 
 def address(tensor: Tensor) -> int:
@@ -402,6 +416,7 @@ def _flattened(named: NamedTensor, place: Flattened) -> LiveTensor:
         base.dtype,
         (shape, index, flat._numels_with_padding, flat._sharded_size),
         True,
+        frozenset(),
         (),
         Anchor(vars(flat), "_local_shard", address(base), is_lazy=True),
     )

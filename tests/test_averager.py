@@ -643,7 +643,7 @@ def test_arguments_of_the_wrong_type_are_refused(options: dict[str, Any]) -> Non
         Averager(nn.Linear(2, 2), options.pop("rules", EMA()), **options)
 
 
-def test_an_averager_that_is_gone_gives_its_group_back() -> None:
+def test_averagers_share_one_group() -> None:
     run_ranks(build_many_averagers, 2)
 
 

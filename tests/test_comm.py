@@ -28,7 +28,6 @@ def test_one_process_communicates_nothing() -> None:
     assert alone.announce(2, "x") == {}
     with pytest.raises(ZeroDivisionError), alone.together("x"):
         _ = 1 / 0
-    alone.close()
 
 
 def values_of_collectives() -> tuple[object, ...]:
@@ -36,15 +35,13 @@ def values_of_collectives() -> tuple[object, ...]:
     mine = {"rank": ranks.rank}
     box = torch.full((3,), float(ranks.rank))
     ranks.broadcast_tensor(box, "x")
-    found = (
+    return (
         ranks.gather(mine, "x"),
         ranks.gather_to_first(mine, "x"),
         ranks.broadcast(mine, "x"),
         box.tolist(),
         ranks.announce(0, "x"),
     )
-    ranks.close()
-    return found
 
 
 def test_collectives_carry_every_ranks_value() -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from checks import (
+    CASES,
     RULES,
     cloned,
     differences,
@@ -25,7 +26,7 @@ from checks import (
     torch_average,
     trained,
 )
-from models import LAYOUTS, Awkward, TokenModel, Uneven, build, floating_buffers
+from models import Awkward, TokenModel, Uneven, build, floating_buffers
 from ranks import run_ranks
 from torch import Tensor, nn
 
@@ -91,58 +92,71 @@ def flip(path: Path, position: int) -> None:
 # --------------------------------------------------------------------- every layout into every one
 
 
+def layouts_on(world_size: int) -> list[str]:
+    return [layout for layout, size in CASES if size == world_size]
+
+
 def save_all(root: str) -> None:
-    for layout in LAYOUTS:
+    for layout in layouts_on(dist.get_world_size()):
         _, averager = trained(layout, Uneven, clock=CLOCK)
         averager.save(f"{root}/{layout}-{dist.get_world_size()}")
 
 
 def load_all(root: str) -> tuple[list[str], dict[str, int]]:
-    """Load every checkpoint into every layout on these ranks.
+    """Load every checkpoint into every layout on these ranks, and go on from there.
 
     Returns:
         What is wrong, and the elements that this rank holds in each layout.
     """
     wrong: list[str] = []
     elements: dict[str, int] = {}
-    oracle = {rule: expected(rule) for rule in RULES}
-    for layout in LAYOUTS:
-        model = build(layout, Uneven, seed=7)
-        averager = Averager(model, RULES, clock=RESUMED_CLOCK)
-        live = cloned(storages(model))
+    oracles = {(rule, steps): expected(rule, steps) for rule in RULES for steps in (3, 6)}
+    for layout in layouts_on(dist.get_world_size()):
+        model, averager = trained(layout, Uneven, (), clock=RESUMED_CLOCK)
         elements[layout] = sum(tensor.numel() for tensor in averager["ema"].tensors)
-        for path in sorted(Path(root).iterdir()):
-            poison(averager)
-            averager.load(path)
-            problems = [
-                f"{rule}: {shard.fqn}"
+
+        def problems(steps: int, averager: Averager = averager) -> list[str]:
+            return [
+                f"{rule} after {steps}: {shard.fqn}"
                 for rule in RULES
                 for shard in averager[rule].own_shards()
-                if not same(shard.tensor, oracle[rule][shard.fqn][shard.box.slices()])
+                if not same(shard.tensor, oracles[rule, steps][shard.fqn][shard.box.slices()])
             ]
+
+        for path in sorted(Path(root).iterdir()):
+            live = cloned(storages(model))
+            poison(averager)
+            averager.load(path)
+            found = problems(3) + differences(storages(model), live)
             if counters(averager) != (3, (3, RULES["ema"]), (3, RULES["swa"])):
-                problems.append(f"{counters(averager)}")
+                found.append(f"{counters(averager)}")
             if averager._position.epochs != Fraction(3, 2):
-                problems.append(f"{averager._position}")
-            problems += differences(storages(model), live)
-            wrong += (f"{path.name} into {layout}: {problem}" for problem in problems)
+                found.append(f"{averager._position}")
+            feed(averager, model, range(3, 6))
+            wrong += (f"{path.name} into {layout}: {each}" for each in found + problems(6))
     return wrong, elements
 
 
-def test_every_layout_into_every_layout(tmp_path: Path) -> None:
-    world_sizes = (1, 2, 3, 4)
-    for size in reversed(world_sizes):
-        run_ranks(save_all, size, str(tmp_path))
-    assert len(list(tmp_path.iterdir())) == len(LAYOUTS) * len(world_sizes)
-    for path in tmp_path.iterdir():
-        verify_checkpoint(path)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_every_layout_into_every_layout(every_layout: Path, world_size: int) -> None:
     total = sum(tensor.numel() for tensor in expected("ema").values())
-    for size in world_sizes:
-        results = run_ranks(load_all, size, str(tmp_path))
-        assert [wrong for wrong, _ in results] == [[]] * size
-        for layout in LAYOUTS:
-            copies = size if layout == "plain" else 1
-            assert sum(elements[layout] for _, elements in results) == copies * total
+    results = run_ranks(load_all, world_size, str(every_layout), timeout=110)
+    assert [wrong for wrong, _ in results] == [[]] * world_size
+    for layout in layouts_on(world_size):
+        copies = world_size if layout == "plain" else 1
+        assert sum(elements[layout] for _, elements in results) == copies * total
+
+
+@pytest.fixture(scope="module")
+def every_layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint from each layout on each world size."""
+    root = tmp_path_factory.mktemp("every_layout")
+    for size in (4, 3, 2, 1):
+        run_ranks(save_all, size, str(root))
+    assert len(list(root.iterdir())) == len(CASES)
+    for path in root.iterdir():
+        verify_checkpoint(path)
+    return root
 
 
 def save_awkward(root: str) -> None:

@@ -23,9 +23,10 @@ from checks import (
     torch_average,
     trained,
 )
-from models import Awkward, TokenModel, Uneven, build, set_weights, unwrapped, weights_at
+from models import Awkward, TokenModel, Uneven, build, set_weights, weights_at
 from ranks import run_ranks
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.optim.swa_utils import AveragedModel
 
 from distavg import EMA, Averager, CheckpointMismatch, Clock
@@ -44,7 +45,7 @@ def test_the_one_private_class_is_where_it_was() -> None:
 
 def save_with_dcp(layout: str, cls: type[TokenModel], folder: Path) -> None:
     model, averager = trained(layout, cls, range(3), clock=Clock(steps_per_epoch=7))
-    dcp.save({"model": unwrapped(model), "averager": averager}, checkpoint_id=folder)
+    dcp.save({"model": get_model_state_dict(model), "averager": averager}, checkpoint_id=folder)
 
 
 def load_with_dcp(layout: str, cls: type[TokenModel], folder: Path) -> list[str]:
@@ -52,7 +53,9 @@ def load_with_dcp(layout: str, cls: type[TokenModel], folder: Path) -> list[str]
     model = build(layout, cls, seed=50)
     averager = Averager(model, RULES, clock=Clock(steps_per_epoch=7))
     feed(averager, model, [40])  # something to be overwritten
-    dcp.load({"model": unwrapped(model), "averager": averager}, checkpoint_id=folder)
+    weights = get_model_state_dict(model)
+    dcp.load({"model": weights, "averager": averager}, checkpoint_id=folder)
+    set_model_state_dict(model, weights)
     wrong = []
     for steps in (range(3), range(5)):
         feed(averager, model, steps[3:])
@@ -77,6 +80,11 @@ def load_with_dcp(layout: str, cls: type[TokenModel], folder: Path) -> list[str]
         (("ddp", 2), ("fsdp2", 3), Uneven),
         (("fsdp2", 3), ("ddp", 2), Uneven),
         (("plain", 1), ("ddp", 4), Awkward),
+        (("fsdp1", 3), ("hsdp", 4), Uneven),
+        (("hsdp", 4), ("fsdp1-flat", 2), Uneven),
+        (("fsdp1-hybrid", 4), ("tp-fsdp2", 4), Uneven),
+        (("tp-fsdp2", 4), ("fsdp2", 3), Uneven),
+        (("fsdp1-no-shard", 2), ("ddp", 3), Uneven),
     ],
     ids=str,
 )
