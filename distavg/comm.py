@@ -281,7 +281,7 @@ class ReplicaGroup:
                 for message in _messages(tensors, _MESSAGE_BYTES):
                     self._broadcast(message, owner, doing)
             return
-        limit = max(_MESSAGE_BYTES * 4 // self.size, 2**16)
+        limit = max(_MESSAGE_BYTES * 2 // self.size, 2**16)
         rounds = itertools.zip_longest(*(_messages(tensors, limit) for tensors in pieces))
         for messages in rounds:
             self._exchange(messages, doing)
