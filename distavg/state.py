@@ -6,7 +6,6 @@ torch 2.6 to 2.13) that is used here only. Counters are 1-D float64 tensors: DCP
 storage corrupts files that hold Python ints, and its consolidation turns zero-dim tensors to 0.
 """
 
-import functools
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardPlacement
+from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 from distavg.average import Average
 from distavg.comm import Comm
@@ -26,6 +26,18 @@ from distavg.shards import ModelShards
 from distavg.wrappers import LiveTensor, Shard
 
 __all__ = ["load_state", "state"]
+
+
+class _Pieces(LocalShardsWrapper):
+    """Pieces of any number of dims: DTensor views them in their own shape, which the base refuses.
+
+    (It does so for several pieces of three dims or more.)
+    """
+
+    @staticmethod
+    def handle_view(args: Any, kwargs: Any) -> "_Pieces":
+        """Themselves."""
+        return _Pieces(args[0].local_shards(), args[0].local_offsets())
 
 
 def state(
@@ -148,28 +160,13 @@ def _global_tensor(
         pieces = [torch.empty((0, *shape[1:]), dtype=dtype, device=live.device)]
         offsets = [(shape[0], *(0,) * (len(shape) - 1))]
     return DTensor.from_local(
-        _pieces_class()(pieces, offsets),
+        _Pieces(pieces, offsets),
         mesh,
         [ShardPlacement(0)],
         run_check=False,
         shape=torch.Size(shape),
         stride=torch.empty(shape, device="meta").stride(),
     )
-
-
-@functools.cache
-def _pieces_class() -> Any:
-    """`LocalShardsWrapper` for tensors of any number of dims, imported when it is needed."""
-    from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
-
-    class Pieces(LocalShardsWrapper):
-        """DTensor.from_local views its tensor in its own shape, refused for several 3-D pieces."""
-
-        @staticmethod
-        def handle_view(args: Any, kwargs: Any) -> Any:
-            return LocalShardsWrapper(args[0].local_shards(), args[0].local_offsets())
-
-    return Pieces
 
 
 def _given_shards(

@@ -41,6 +41,9 @@ SIZES = {
 }
 CASES = [(layout, size) for layout, sizes in SIZES.items() for size in sizes]
 
+# Each layout once, on two ranks where it can.
+ONCE = [(layout, max(sizes, key=lambda size: (size <= 2, size))) for layout, sizes in SIZES.items()]
+
 RULES = {"ema": distavg.EMA(0.9), "swa": distavg.SWA(update_interval="1ba")}
 MULTI_AVG_FNS = {"ema": get_ema_multi_avg_fn(0.9), "swa": get_swa_multi_avg_fn()}
 

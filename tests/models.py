@@ -39,7 +39,7 @@ LAYOUTS = ("plain", "ddp", "fsdp2", "fsdp2-keep")
 # The world sizes on which each of the further layouts is tested.
 FURTHER_SIZES = {
     "fsdp2-half": (4,),
-    "hsdp": (2, 4),
+    "hsdp": (4,),
     "fsdp1": (1, 2, 3, 4),
     "fsdp1-flat": (2, 3),
     "fsdp1-grad-op": (2, 3),
@@ -308,7 +308,9 @@ def weights_at(
     model = unwrapped(model_or_shapes)
     if isinstance(model_or_shapes, FullyShardedDataParallel):
         dtype = next(model_or_shapes.parameters()).dtype
-        return weights_at(type(model)().to(dtype), step, frozen=frozen, buffers=buffers)
+        with torch.random.fork_rng(devices=()):
+            plain = type(model)().to(dtype)
+        return weights_at(plain, step, frozen=frozen, buffers=buffers)
     # A parameter that FSDP2 has gathered has the same name, whole shape and dtype.
     weights = {
         name: whole_tensor(name, parameter.shape, step, parameter.dtype)
