@@ -254,12 +254,18 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def whole_parameters(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
-    """Parameters by canonical name; those of FSDP1 are whole inside. Collective under FSDP1."""
+def whole_parameters(
+    model: nn.Module, *, writeback: bool = False
+) -> Iterator[dict[str, nn.Parameter]]:
+    """Parameters by canonical name; those of FSDP1 are whole inside. Collective under FSDP1.
+
+    `writeback`: whether what is written to FSDP1's reaches its shards.
+    """
     reshard(model)
     with ExitStack() as stack:
         if isinstance(model, FullyShardedDataParallel):
-            stack.enter_context(FullyShardedDataParallel.summon_full_params(model))
+            summoned = FullyShardedDataParallel.summon_full_params(model, writeback=writeback)
+            stack.enter_context(summoned)
         named = unwrapped(model).named_parameters(remove_duplicate=False)
         yield {name.replace("_fsdp_wrapped_module.", ""): p for name, p in named}
 
@@ -329,7 +335,7 @@ def set_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
     FSDP2 modules are resharded first, so that what is written is what the next forward gathers.
     """
-    with whole_parameters(model) as parameters:
+    with whole_parameters(model, writeback=True) as parameters:
         targets = {**dict(floating_buffers(unwrapped(model))), **parameters}
         for name, weight in weights.items():
             target = targets[name]

@@ -1,0 +1,350 @@
+"""Every wrapper in its further forms, in real training, against the whole weights of each step.
+
+Models train with a real optimizer; the oracle is a lerp over whole live weights, which are gathered
+by PyTorch's own means after each step. test_averager.py and test_swap.py have the plain forms.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from checks import ONCE, RULES, differences, error_of, outputs, outputs_with, same, torch_average
+from models import (
+    FSDP1_OPTIONS,
+    TokenModel,
+    Uneven,
+    backward,
+    build,
+    in_fsdp1,
+    mesh_of,
+    set_weights,
+    weights_at,
+    whole_weights,
+)
+from ranks import run_ranks
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffload,
+    CPUOffloadPolicy,
+    FSDPModule,
+    FullyShardedDataParallel,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import Shard as ShardPlacement
+from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+from distavg import Averager
+
+
+def in_fsdp2(model: TokenModel, **options: Any) -> nn.Module:
+    for name in model.sharded_apart:
+        fully_shard(model.get_submodule(name), mesh=mesh_of("fsdp2"), **options)
+    return fully_shard(model, mesh=mesh_of("fsdp2"), **options)
+
+
+def plain() -> Uneven:
+    model = Uneven()
+    model.reset()
+    return model
+
+
+def mixed_fsdp2() -> nn.Module:
+    return in_fsdp2(Experts(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+
+
+def offloaded_fsdp2() -> nn.Module:
+    return in_fsdp2(plain(), offload_policy=CPUOffloadPolicy(pin_memory=False))
+
+
+def from_meta() -> nn.Module:
+    with torch.device("meta"):
+        model = Uneven()
+    model.head.weight = model.embed.weight
+    sharded = in_fsdp2(model)
+    assert "on the meta device" in error_of(lambda: Averager(sharded, RULES))
+    sharded.to_empty(device="cpu")
+    model.reset()
+    return sharded
+
+
+def kept_unsharded() -> nn.Module:
+    model = in_fsdp2(plain())
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_reshard_after_backward(False)
+    return model
+
+
+def by_columns() -> nn.Module:
+    """Sharded along another dim, where FSDP2 needs an even one."""
+    size = dist.get_world_size()
+
+    def placement(parameter: nn.Parameter) -> ShardPlacement | None:
+        even = [d for d, n in enumerate(parameter.shape) if d and n % size == 0]
+        return ShardPlacement(even[-1]) if even else None
+
+    return in_fsdp2(plain(), shard_placement_fn=placement)
+
+
+def mixed_fsdp1() -> nn.Module:
+    mixed = MixedPrecision(param_dtype=torch.bfloat16, keep_low_precision_grads=False)
+    return in_fsdp1(Experts(), use_orig_params=True, mixed_precision=mixed)
+
+
+def mixed_fsdp1_flat() -> nn.Module:
+    options = FSDP1_OPTIONS["fsdp1-grad-op-flat"]
+    return in_fsdp1(
+        Experts(), mixed_precision=MixedPrecision(param_dtype=torch.bfloat16), **options
+    )
+
+
+def experts_apart() -> nn.Module:
+    """Stacked experts on a mesh of their own, the rest over all ranks."""
+    model = Experts()
+    model.reset()
+    mesh = init_device_mesh(
+        "cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("rest", "expert")
+    )
+    fully_shard(model.experts, mesh=mesh["expert"])
+    return fully_shard(model, mesh=mesh_of("fsdp2"))
+
+
+class Experts(TokenModel):
+    """Three experts, stacked, behind an embedding."""
+
+    sharded_apart = ("experts",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(self.vocabulary, 4)
+        self.experts = Stacked()
+        self.head = nn.Linear(4, self.vocabulary)
+        self.reset()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens (batch,) to logits (batch, vocabulary)."""
+        logits: Tensor = self.head(self.experts(self.embed(tokens)))
+        return logits
+
+
+class Stacked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(3, 4, 4))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return torch.einsum("bi,eij->bj", hidden, self.weight)
+
+
+def sequence_parallel() -> nn.Module:
+    """Norms that are replicated DTensors, beside plain parameters."""
+    model = Normed()
+    model.reset()
+    parallelize_module(model, mesh_of("tp"), {"norm": SequenceParallel()})
+    return model
+
+
+class Normed(TokenModel):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(self.vocabulary, 4)
+        self.norm = nn.LayerNorm(4)
+        self.head = nn.Linear(4, self.vocabulary)
+        self.reset()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens (batch,) to logits (batch, vocabulary)."""
+        hidden = self.embed(tokens).view(1, -1, 4)
+        if isinstance(self.norm.weight, DTensor):
+            mesh = self.norm.weight.device_mesh
+            hidden = DTensor.from_local(hidden, mesh, [Replicate()])
+            hidden = hidden.redistribute(placements=[ShardPlacement(1)])
+        hidden = self.norm(hidden)
+        hidden = hidden.full_tensor() if isinstance(hidden, DTensor) else hidden
+        logits: Tensor = self.head(hidden.view(-1, 4))
+        return logits
+
+
+def checkpointed() -> nn.Module:
+    model = plain()
+    model.block = checkpoint_wrapper(model.block)  # type: ignore[assignment]
+    return fully_shard(model, mesh=mesh_of("fsdp2"))
+
+
+def checkpointed_ddp() -> nn.Module:
+    model = plain()
+    model.block = checkpoint_wrapper(model.block)  # type: ignore[assignment]
+    return DistributedDataParallel(model)
+
+
+FORMS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "fsdp2 in bf16": (mixed_fsdp2, 2),
+    "fsdp2 offloaded": (offloaded_fsdp2, 2),
+    "fsdp2 from meta": (from_meta, 3),
+    "fsdp2 kept unsharded": (kept_unsharded, 2),
+    "fsdp2 by columns": (by_columns, 2),
+    "fsdp1 in bf16": (mixed_fsdp1, 2),
+    "fsdp1 flat, grad op, in bf16": (mixed_fsdp1_flat, 2),
+    "experts on their own mesh": (experts_apart, 4),
+    "sequence parallel": (sequence_parallel, 2),
+    "activation checkpoints, fsdp2": (checkpointed, 2),
+    "activation checkpoints, ddp": (checkpointed_ddp, 2),
+}
+
+
+def canonical(name: str) -> str:
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def make(form: str) -> nn.Module:
+    return FORMS[form][0]() if form in FORMS else build(form, Uneven)
+
+
+def train(form: str, with_averager: bool) -> tuple[dict[str, Tensor], list[str], int]:
+    """The last live weights, what was wrong with the averages, and the elements held here."""
+    model = make(form)
+    optimizer = torch.optim.AdamW(trainable(model), lr=0.01)
+    wrong: list[str] = []
+    oracles: dict[str, dict[str, Tensor]] = {rule: {} for rule in RULES}
+    averager = None
+    if with_averager:
+        alike = form in ("tp", "sequence parallel")
+        averager = Averager(model, RULES, replicas=dist.group.WORLD if alike else None)
+        averager.attach(optimizer)
+    for step in range(4):
+        backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        whole = {canonical(name): weight for name, weight in whole_weights(model).items()}
+        if averager is None:
+            continue
+        for rule, oracle in oracles.items():
+            for name, weight in whole.items():
+                if step == 0:
+                    oracle[name] = weight.clone()
+                else:
+                    oracle[name].lerp_(weight, 1 - 0.9 if rule == "ema" else 1 / (step + 1))
+        if step in (1, 2):
+            model.eval()
+            before = outputs(model, step)
+            with averager.applied("ema"):
+                outputs(model, step)
+                inside = {canonical(n): w for n, w in whole_weights(model).items()}
+                has_moved = not same(outputs(model, step), before)
+            wrong += [] if has_moved else [f"forwards do not see the average at {step}"]
+            wrong += [] if same(outputs(model, step), before) else [f"not the live ones at {step}"]
+            wrong += differences(inside, {**whole, **averaged(oracles["ema"], model)})
+            model.train()
+    if averager is None:
+        return whole, wrong, 0
+    for rule, oracle in oracles.items():
+        found = averager.full_state_dict(rule, all_ranks=True)
+        expected = averaged(oracle, model)
+        wrong += differences({name: found[name] for name in expected}, expected)
+    return whole, wrong, sum(shard.tensor.numel() for shard in averager["ema"].shards())
+
+
+def averaged(oracle: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in oracle.items() if name != "frozen"}
+
+
+def trained_twice(form: str) -> tuple[list[str], list[str], int, int]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's, about gloo and about what is deprecated
+        alone, _, _ = train(form, with_averager=False)
+        live, wrong, held = train(form, with_averager=True)
+    total = sum(tensor.numel() for tensor in averaged(live, nn.Module()).values())
+    return wrong, differences(live, alone), held, total
+
+
+@pytest.mark.parametrize(
+    ("form", "world_size"), [*((form, size) for form, (_, size) in FORMS.items()), *ONCE]
+)
+def test_training_with_averages_in_and_out(form: str, world_size: int) -> None:
+    """Averages are right, hold nothing twice, and training goes on as if there were none."""
+    results = run_ranks(trained_twice, world_size, form)
+    for wrong, disturbed, _, _ in results:
+        assert wrong == []
+        assert disturbed == []
+    if form != "plain":
+        assert sum(held for _, _, held, _ in results) == results[0][3]
+
+
+def offloaded_fsdp1() -> list[str]:
+    """Without a GPU FSDP1 cannot pin memory, nor run an offloaded backward: only forwards."""
+    with mock.patch.object(Tensor, "pin_memory", lambda self: self):
+        offload = CPUOffload(offload_params=True)
+        model = in_fsdp1(plain(), use_orig_params=True, cpu_offload=offload).eval()
+        averager = Averager(model, RULES)
+        wrong = []
+        for step in range(3):
+            set_weights(model, weights_at(model, step))
+            averager.step()
+            outputs(model)
+        for rule in RULES:
+            average = torch_average(Uneven, rule, range(3))
+            wrong += differences(averager.full_state_dict(rule, all_ranks=True), average)
+            with averager.applied(rule):
+                wrong += [] if same(outputs(model), outputs_with(Uneven, average)) else [rule]
+        live = outputs_with(Uneven, weights_at(Uneven(), 2))
+        return wrong if same(outputs(model), live) else [*wrong, "live"]
+
+
+def test_fsdp1_offloaded_to_the_host() -> None:
+    assert run_ranks(offloaded_fsdp1, 2) == [[], []]
+
+
+# ---------------------------------------------------------------- private ways of the wrappers
+
+
+def private_ways() -> list[str]:
+    """What distavg/wrappers.py uses and does not find."""
+    sharded = build("fsdp2", Uneven)
+    backward(sharded)
+    flat = build("fsdp1-grad-op", Uneven)
+    backward(flat)
+    assert isinstance(sharded, FSDPModule)
+    assert isinstance(flat, FullyShardedDataParallel)
+    state: Any = sharded._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    handle: Any = flat._handle
+    wanted = [
+        (groups[0], "fsdp_params wait_for_unshard _to_sharded"),
+        (groups[0].fsdp_params[0], "sharded_param _module_info _unsharded_param"),
+        (groups[0].fsdp_params[0]._module_info, "module param_name"),
+        (groups[0].fsdp_params[0].sharded_param, "_local_tensor"),
+        (handle, "flat_param uses_sharded_strategy reshard _prefetched"),
+        (
+            handle.flat_param,
+            "_local_shard _full_param_padded _param_infos _shared_param_infos _shard_param_infos "
+            "_params _tensors _shapes _strides _contiguities _numels_with_padding _sharded_size "
+            "_param_extensions",
+        ),
+    ]
+    return [
+        f"{type(owner).__name__}.{name}"
+        for owner, names in wanted
+        for name in names.split()
+        if not hasattr(owner, name)
+    ]
+
+
+def test_the_private_attributes_are_where_they_were() -> None:
+    for moved in run_ranks(private_ways, 2):
+        assert moved == [], f"torch {torch.__version__} moved {moved}: see distavg/wrappers.py"
