@@ -436,6 +436,8 @@ class Averager:
                 f"{path} is not the same checkpoint on all ranks: load from a file system that "
                 "they share"
             )
+        with self._comm.together(doing):
+            plan.check_ties(averages, verify=verify)
         if also is not None:
             with self._comm.together(doing):
                 call_also(self._hooks.paused(also), plan.path / str(plan.manifest.extra_folder))

@@ -12,6 +12,7 @@ own. So a test can feed one sequence to any layout, and to an oracle on the unsh
 
 from __future__ import annotations
 
+import re
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -248,7 +249,8 @@ def in_tensor_parallel(model: TokenModel, data_parallel: int = 1) -> TokenModel:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DDP or FSDP1, or the model itself."""
+    """The model inside DDP, FSDP1 or torch.compile, or the model itself."""
+    model = getattr(model, "_orig_mod", model)
     wrappers = (DistributedDataParallel, FullyShardedDataParallel)
     return model.module if isinstance(model, wrappers) else model
 
@@ -267,7 +269,8 @@ def whole_parameters(
             summoned = FullyShardedDataParallel.summon_full_params(model, writeback=writeback)
             stack.enter_context(summoned)
         named = unwrapped(model).named_parameters(remove_duplicate=False)
-        yield {name.replace("_fsdp_wrapped_module.", ""): p for name, p in named}
+        levels = re.compile("_fsdp_wrapped_module\\.|_orig_mod\\.")
+        yield {levels.sub("", name): parameter for name, parameter in named}
 
 
 def batch(seed: int = 0, size: int = 8) -> Tensor:

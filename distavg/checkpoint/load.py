@@ -8,7 +8,7 @@ memory, verified block by block on the way.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from distavg.checkpoint.files import BUFFER_BYTES, ShardReader, place
 from distavg.checkpoint.manifest import Manifest, SavedAverage, SavedBox, SavedFile, read_manifest
 from distavg.checkpoint.plan import Read, plan_reads
 from distavg.errors import CheckpointCorrupt, CheckpointMismatch, ConfigError
+from distavg.foreach import as_bytes
 from distavg.rules import Rule, rule_from_record
 from distavg.shards import ModelShards
 from distavg.wrappers import Shard
@@ -36,12 +37,41 @@ class LoadPlan:
         manifest: Its manifest.
         sources: What is saved of each average that will be read, by the name it has here.
         rules: The rule that each of them goes on with.
+        names: For each of them the names under which each tensor was saved. Several, if it is
+            tied here and was not then.
     """
 
     path: Path
     manifest: Manifest
     sources: dict[str, SavedAverage]
     rules: dict[str, Rule]
+    names: dict[str, dict[str, list[str]]]
+
+    def check_ties(self, averages: Sequence[Average], *, verify: bool) -> None:
+        """Compare what was saved of tensors that are tied here and were not when they were saved.
+
+        Raises:
+            CheckpointMismatch: They differ.
+        """
+        for average in averages:
+            names = self.names.get(average.name, {})
+            tied = [shard for shard in average.own_shards() if len(names.get(shard.fqn, ())) > 1]
+            for shard in tied:
+                dtype = getattr(
+                    torch, self.sources[average.name].tensors[names[shard.fqn][0]].dtype
+                )
+                values = []
+                for name in names[shard.fqn]:
+                    value = torch.empty(shard.box.sizes, dtype=dtype, device="cpu")
+                    self._fill(average, [(name, replace(shard, tensor=value))], verify=verify)
+                    values.append(as_bytes(value))
+                for name, value in zip(names[shard.fqn], values, strict=True):
+                    if not torch.equal(value, values[0]):
+                        raise CheckpointMismatch(
+                            f"{self.path}: average {average.name!r}: {names[shard.fqn][0]} and "
+                            f"{name} are one tensor here, and differ in the checkpoint: untie them "
+                            "in the model before the Averager is built"
+                        )
 
     def read(self, averages: Sequence[Average], *, verify: bool) -> None:
         """Fill the memory of the averages that were saved; others are left as they are.
@@ -49,18 +79,23 @@ class LoadPlan:
         Raises:
             CheckpointCorrupt: A file was torn or spoiled after all; memory is half filled.
         """
-        buffer = torch.empty(BUFFER_BYTES, dtype=torch.uint8, device="cpu")
         for average in averages:
-            source = self.sources.get(average.name)
-            if source is None:
-                continue
-            for file, wanted in _by_file(source, average.own_shards()):
-                with ShardReader(self.path, file, self.manifest.save_id) as reader:
-                    for box, shard, reads in wanted:
-                        dtype = getattr(torch, source.tensors[box.fqn].dtype)
-                        for read in reads:
-                            reader.read(box, read, buffer, verify=verify)
-                            place(read, buffer, dtype, shard.tensor)
+            if average.name in self.sources:
+                names = self.names[average.name]
+                wanted = [(names[shard.fqn][0], shard) for shard in average.own_shards()]
+                self._fill(average, wanted, verify=verify)
+
+    def _fill(self, average: Average, wanted: Sequence[tuple[str, Shard]], *, verify: bool) -> None:
+        """Read saved tensors, by the names they were saved under, into shards."""
+        source = self.sources[average.name]
+        buffer = torch.empty(BUFFER_BYTES, dtype=torch.uint8, device="cpu")
+        for file, boxes in _by_file(source, wanted):
+            with ShardReader(self.path, file, self.manifest.save_id) as reader:
+                for box, shard, reads in boxes:
+                    dtype = getattr(torch, source.tensors[box.fqn].dtype)
+                    for read in reads:
+                        reader.read(box, read, buffer, verify=verify)
+                        place(read, buffer, dtype, shard.tensor)
 
 
 def plan_load(
@@ -103,13 +138,16 @@ def plan_load(
         raise CheckpointMismatch(f"{path} was saved without also=, so load(also=) has no folder")
     sources = _sources(path, manifest, [a.name for a in averages], names or {}, missing)
     chosen: dict[str, Rule] = {}
+    saved_names: dict[str, dict[str, list[str]]] = {}
     for average in averages:
         if average.name in sources:
             source = sources[average.name]
             chosen[average.name] = _choose_rule(path, average, source, rules)
-            _check_tensors(path, average, source, model_shards, cast=cast)
-            _check_files(path, manifest, average, source)
-    return LoadPlan(path, manifest, sources, chosen)
+            matched = _match(path, average, source, model_shards)
+            _check_tensors(average, source, model_shards, matched, cast=cast)
+            _check_files(path, manifest, average, source, matched)
+            saved_names[average.name] = matched
+    return LoadPlan(path, manifest, sources, chosen, saved_names)
 
 
 def verify_checkpoint(path: Path, progress: Callable[[int], object] = lambda nbytes: None) -> int:
@@ -184,25 +222,43 @@ def _choose_rule(path: Path, average: Average, source: SavedAverage, rules: str)
     )
 
 
+def _match(
+    path: Path, average: Average, source: SavedAverage, model_shards: ModelShards
+) -> dict[str, list[str]]:
+    """The names under which each tensor was saved: its own, or one that it was or is tied to."""
+    saved = {name: t.fqn for t in source.tensors.values() for name in (*t.aliases, t.fqn)}
+    aliases = {tensor.fqn: tensor.aliases for tensor in model_shards.catalogue}
+    matched = {
+        fqn: list(dict.fromkeys(saved[name] for name in (fqn, *aliases[fqn]) if name in saved))
+        for fqn in average.dtypes
+    }
+    for fqn, names in sorted(matched.items()):
+        if not names:
+            raise CheckpointMismatch(
+                f"{path}: average {average.name!r}: {fqn} is averaged here and not in the "
+                f"checkpoint: leave it out with exclude=[{fqn!r}]"
+            )
+    known = {name for names in matched.values() for name in names}
+    for name in sorted(source.tensors.keys() - known):
+        raise CheckpointMismatch(
+            f"{path}: average {average.name!r}: {name} is in the checkpoint and not averaged "
+            "here: build the model that was saved"
+        )
+    return matched
+
+
 def _check_tensors(
-    path: Path,
     average: Average,
     source: SavedAverage,
     model_shards: ModelShards,
+    matched: Mapping[str, Sequence[str]],
     *,
     cast: bool,
 ) -> None:
-    for name in sorted(average.dtypes.keys() ^ source.tensors.keys()):
-        if name in source.tensors:
-            text = "is in the checkpoint and not averaged here: build the model that was saved"
-        else:
-            text = (
-                f"is averaged here and not in the checkpoint: leave it out with exclude=[{name!r}]"
-            )
-        raise CheckpointMismatch(f"{path}: average {average.name!r}: {name} {text}")
     shapes = {tensor.fqn: tensor.shape for tensor in model_shards.catalogue}
-    for fqn, dtype in average.dtypes.items():
-        saved, shape = source.tensors[fqn], shapes[fqn]
+    pairs = [(fqn, source.tensors[name]) for fqn, names in matched.items() for name in names]
+    for fqn, saved in pairs:
+        shape, dtype = shapes[fqn], average.dtypes[fqn]
         if saved.shape != shape:
             raise CheckpointMismatch(
                 f"{fqn}: the checkpoint holds shape {saved.shape}, the model has {shape}. Build "
@@ -215,23 +271,30 @@ def _check_tensors(
             )
 
 
-def _check_files(path: Path, manifest: Manifest, average: Average, source: SavedAverage) -> None:
+def _check_files(
+    path: Path,
+    manifest: Manifest,
+    average: Average,
+    source: SavedAverage,
+    matched: Mapping[str, Sequence[str]],
+) -> None:
     if fault := source.fault():
         raise CheckpointCorrupt(f"{path}: average {average.name!r} is not whole: {fault}")
-    for file, _ in _by_file(source, average.own_shards()):
+    wanted = [(name, shard) for shard in average.own_shards() for name in matched[shard.fqn]]
+    for file, _ in _by_file(source, wanted):
         with ShardReader(path, file, manifest.save_id):
             pass
 
 
 def _by_file(
-    source: SavedAverage, shards: Sequence[Shard]
+    source: SavedAverage, shards: Sequence[tuple[str, Shard]]
 ) -> list[tuple[SavedFile, list[tuple[SavedBox, Shard, list[Read]]]]]:
-    """The reads that fill these shards, file by file."""
+    """The reads that fill these shards, each from a saved tensor, file by file."""
     wanted: dict[str, tuple[SavedFile, list[tuple[SavedBox, Shard, list[Read]]]]] = {}
     places = source.boxes()
-    for shard in shards:
-        item_bytes = source.tensors[shard.fqn].item_bytes
-        for file, box in places[shard.fqn]:
+    for name, shard in shards:
+        item_bytes = source.tensors[name].item_bytes
+        for file, box in places[name]:
             if reads := plan_reads(box.box, shard.box, item_bytes, BUFFER_BYTES):
                 wanted.setdefault(file.name, (file, []))[1].append((box, shard, reads))
     return list(wanted.values())
