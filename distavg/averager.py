@@ -170,9 +170,10 @@ class Averager:
             A handle whose `remove()` detaches them.
 
         Raises:
-            ConfigError: Not an optimizer, or one that is attached already.
+            ConfigError: Not an optimizer; one that is attached already, or has parameters of one
+                that is (detach the old one when an optimizer is rebuilt); one of another model.
         """
-        return self._hooks.attach(optimizers)
+        return self._hooks.attach(optimizers, self._shards.parameters())
 
     def step(self) -> None:
         """One optimizer step has passed: update the averages that are due. No communication.

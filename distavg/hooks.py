@@ -1,10 +1,11 @@
 """Optimizer steps -> `Averager.step`, only after steps that changed the weights."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -27,20 +28,42 @@ class OptimizerHooks:
         self._last: Optimizer | None = None  # the one that steps last in a round
         self._is_paused = False
 
-    def attach(self, optimizers: Sequence[Optimizer]) -> RemovableHandle:
+    def attach(
+        self, optimizers: Sequence[Optimizer], parameters: Iterable[Tensor]
+    ) -> RemovableHandle:
         """Follow these optimizers, too.
 
+        Args:
+            optimizers: The optimizers.
+            parameters: The model's.
+
         Raises:
-            ConfigError: Not an optimizer, or one that is attached already.
+            ConfigError: Not an optimizer, one that is attached already or shares parameters with
+                one that is, or one of another model.
         """
+        parameters = list(parameters)
         inner = [_unwrapped(optimizer) for optimizer in optimizers]
         if not inner:
             raise ConfigError("attach: give at least one optimizer")
         for i, optimizer in enumerate(inner):
-            if any(optimizer is other for other in self._attached + inner[:i]):
+            name, mine = type(optimizer).__name__, _parameters(optimizer)
+            for other in self._attached + inner[:i]:
+                if optimizer is other:
+                    raise ConfigError(
+                        f"attach: this {name} is attached already; a second time would count its "
+                        "steps twice"
+                    )
+                if not mine.isdisjoint(_parameters(other)):
+                    raise ConfigError(
+                        f"attach: this {name} has parameters of the {type(other).__name__} that is "
+                        "attached already, and a step would wait for both: if it takes that one's "
+                        "place, first call remove() of the handle that its attach() returned"
+                    )
+            if mine.isdisjoint(map(id, parameters)):
                 raise ConfigError(
-                    f"attach: this {type(optimizer).__name__} is attached already; a second time "
-                    "would count its steps twice"
+                    f"attach: this {name} has no parameter of the averaged model: was it built "
+                    "before the model was wrapped, or for copies of its parameters? Build it from "
+                    "model.parameters(), or call step() yourself once the weights have changed"
                 )
         self._attached += inner
         self._last = None
@@ -94,6 +117,10 @@ class _Attachment(RemovableHandle):
         for handle in self._handles:
             handle.remove()
         self._detach()
+
+
+def _parameters(optimizer: Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def _unwrapped(optimizer: Any) -> Optimizer:

@@ -9,7 +9,7 @@ which nothing is known, and buffers.
 """
 
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -145,6 +145,13 @@ class ModelShards:
     def modules(self) -> list[torch.nn.Module]:
         """All modules of the model on this rank, each once."""
         return self._wrapped.modules
+
+    def parameters(self) -> Iterator[Tensor]:
+        """What an optimizer of this model has: the model's parameters, sharded or not just now."""
+        for module in self.modules:
+            yield from module.parameters(recurse=False)
+        for tensor in self.tensors:
+            yield tensor.named.tensor
 
     def reshard(self) -> None:
         """Drop the wrappers' unsharded copies; see `Wrapped.reshard`. No communication."""

@@ -576,10 +576,12 @@ def apply_before_the_first_update(layout: str) -> tuple[list[str], bool, str, st
     refs = storages(model)
     before = cloned(refs)
     model.train()
+    rng = torch.get_rng_state()
     with averager.applied("ema"):
         model.eval()
         torch.rand(3)
         inside = error_of(averager.step)
+    assert torch.equal(torch.get_rng_state(), rng)
 
     def write() -> None:
         with averager.applied("ema"), torch.no_grad():
@@ -599,19 +601,25 @@ def test_applied_before_the_first_update_disturbs_nothing_either(layout: str) ->
 
 def test_optimizer_steps_inside_also_do_not_count(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
+    first, second = (torch.optim.AdamW([p]) for p in model.parameters())
     averager = Averager(model, EMA(0.5))
-    averager.attach(optimizer)
+    averager.attach(first, second)
 
-    def write(folder: Path) -> None:
-        get_optimizer_state_dict(model, optimizer)  # takes a step, since there is no state yet
+    def step_both(folder: Path) -> None:
+        for optimizer in (first, second):
+            get_optimizer_state_dict(model, optimizer)  # takes a step: there is no state yet
 
-    averager.save(tmp_path / "a", also=write)
+    def step_one(folder: Path) -> None:
+        model.bias.grad = torch.zeros_like(model.bias)
+        second.step()
+
+    averager.save(tmp_path / "a", also=step_both)
     assert averager.step_count == 0
-    again = torch.optim.AdamW(model.parameters())
-    averager.attach(again)
-    averager.load(tmp_path / "a", also=lambda folder: get_optimizer_state_dict(model, again))
-    assert averager.step_count == 0
+    averager.load(tmp_path / "a", also=step_one)
+    first.step()
+    assert averager.step_count == 0  # only the first of them has stepped
+    second.step()
+    assert averager.step_count == 1
 
 
 def build_for_a_part_of_the_mesh() -> str:

@@ -147,6 +147,7 @@ def change_and_go_on(layout: str, change: str) -> tuple[list[str], list[str], bo
     for step in (2, 3):
         set_weights(model, {n: w.to(dtype) for n, w in weights_at(Uneven(), step).items()})
         averager.step()
+    assert set(averager["ema"].dtypes.values()) == {torch.float32}
     live = cloned({n: local(p) for n, p in unwrapped(model).named_parameters()})
     wrong = []
     for rule in RULES:
@@ -206,7 +207,8 @@ def test_the_old_storage_is_let_go() -> None:
     model.weight = nn.Parameter(torch.zeros(64, 64))
     averager.step()
     gc.collect()
-    held = [t for t in gc.get_objects() if type(t) is Tensor and t.data_ptr() == old]
+    kinds = (Tensor, nn.Parameter)
+    held = [t for t in gc.get_objects() if type(t) in kinds and t.data_ptr() == old]
     assert held == []
 
 

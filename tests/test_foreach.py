@@ -161,7 +161,7 @@ def test_integers_are_copied() -> None:
     assert torch.equal(held[1], flags)
 
 
-def test_nothing_to_average() -> None:
+def test_nothing_to_average_is_no_error() -> None:
     Lerp([], [])(1)
     Lerp([], [])(0.5)
 

@@ -213,6 +213,50 @@ def test_the_handle_detaches_and_lets_attach_again() -> None:
     assert averager.step_count == 2
 
 
+def test_a_round_that_is_under_way_when_optimizers_come_and_go() -> None:
+    model = Tiny()
+    first = torch.optim.SGD(model.rows.parameters(), lr=0.1)
+    second = torch.optim.SGD(model.head.parameters(), lr=0.1)
+    averager, _ = follow(model)
+    averager.attach(first)
+    handle = averager.attach(second)
+    second.step()
+    handle.remove()
+    first.step()
+    assert averager.step_count == 1  # the second's step does not count any more
+    averager, _ = follow(model)
+    averager.attach(first)
+    handle = averager.attach(second)
+    first.step()
+    second.step()
+    handle.remove()
+    first.step()
+    assert averager.step_count == 2  # the first one closes the rounds now
+    averager.attach(second)
+    first.step()
+    second.step()
+    assert averager.step_count == 3  # and the second one again
+
+
+def test_an_optimizer_that_was_rebuilt_takes_the_place_of_the_old_one() -> None:
+    model = Tiny()
+    averager, _ = follow(model)
+    handle = averager.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    rebuilt = torch.optim.AdamW(model.parameters())
+    with pytest.raises(ConfigError, match="AdamW has parameters of the SGD that is attached alr"):
+        averager.attach(rebuilt)
+    handle.remove()
+    averager.attach(rebuilt)
+    rebuilt.step()
+    assert averager.step_count == 1
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    averager, _ = follow(Tiny())
+    with pytest.raises(ConfigError, match="SGD has no parameter of the averaged model"):
+        averager.attach(torch.optim.SGD(Tiny().parameters(), lr=0.1))
+
+
 def test_two_averagers_may_follow_one_optimizer() -> None:
     model = Tiny()
     averagers = [follow(model)[0] for _ in range(2)]
@@ -277,8 +321,9 @@ def test_accelerates_wrapper_is_seen_through(accelerator: accelerate.Accelerator
     averager, oracle = follow(model)
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.01))
     averager.attach(optimizer)
-    with pytest.raises(ConfigError, match="attached already"):
-        averager.attach(optimizer.optimizer)
+    for again in (optimizer, optimizer.optimizer):
+        with pytest.raises(ConfigError, match="attached already"):
+            averager.attach(again)
     for micro_batch in range(6):
         with accelerator.accumulate(model):
             accelerator.backward(model(TOKENS).sum())

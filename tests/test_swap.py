@@ -50,7 +50,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import distavg
-from distavg import StateError, foreach
+from distavg import StateError, foreach, swap
 
 SHORT = timedelta(seconds=5)
 
@@ -331,6 +331,51 @@ def test_an_interrupted_body_leaves_no_trace(error: type[BaseException]) -> None
     averager.step()
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, BodyError])
+def test_the_body_s_own_exception_goes_before_that_of_a_write(error: type[BaseException]) -> None:
+    model, averager = trained("plain", Awkward)
+    with pytest.raises(error), averager.applied("ema"):
+        with torch.no_grad():
+            model.get_parameter("one").add_(1.0)
+        raise error
+
+
+def interrupted_on_one_rank() -> str:
+    _, averager = trained("fsdp2", Uneven)
+    try:
+        with averager.applied("ema"):
+            if dist.get_rank() == 1:
+                raise KeyboardInterrupt
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def test_an_interrupt_on_one_rank_is_heard_of_on_the_others() -> None:
+    first, second = run_ranks(interrupted_on_one_rank, 2)
+    assert first.startswith("RankError: applied('ema'): rank 1 raised an exception inside")
+    assert second.startswith("KeyboardInterrupt")
+
+
+def die_while_entering() -> tuple[str, list[str], str] | None:
+    model, averager = trained("ddp", Awkward, timeout=SHORT)
+    own = [shard.tensor for shard in averager["ema"].live]
+    before = [tensor.clone() for tensor in own]
+    if dist.get_rank() == 1:
+        with mock.patch.object(swap, "_share_pieces", lambda *_: os._exit(1)):
+            error_of(averager.applied("ema").__enter__)
+    text = error_of(averager.applied("ema").__enter__)
+    changed = [str(i) for i, (a, b) in enumerate(zip(own, before, strict=True)) if not same(a, b)]
+    return text, changed, error_of(averager.step)
+
+
+def test_a_rank_that_dies_while_entering_leaves_the_others_their_own_pieces() -> None:
+    text, changed, step = run_ranks(die_while_entering, 2, expect_death=[1])[0]
+    assert text.startswith("RankError: applied('ema'): lost contact")
+    assert changed == []
+    assert "live weights are not restored" in step
+
+
 def write_inside(layout: str, writing: list[int], path: str) -> tuple[str, list[str], str, bool]:
     """What this rank raised, what changed, what `step` raises then, and whether a load mends it."""
     model, averager = trained(layout, model_class(layout))
@@ -484,9 +529,10 @@ def test_an_interrupt_at_any_copy_of_a_swap_is_undone(
             try:
                 with averager.applied("ema"):
                     pass
+                interrupted = False
             except KeyboardInterrupt:
-                assert interrupts == [number]
-        interrupted = bool(interrupts)
+                interrupted = True
+        assert interrupts == [number] * interrupted  # none is swallowed
         assert differences(everything(model, refs), before) == []
         assert differences(averager.full_state_dict("ema"), average) == []
     assert number > (3 if dtype else 30)
