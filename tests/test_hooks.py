@@ -173,8 +173,8 @@ def test_several_optimizers_count_as_one_step_once_all_have_stepped(in_one_call:
 def test_twice_is_an_error_and_changes_nothing() -> None:
     model = Tiny()
     averager, _ = follow(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    other = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.rows.parameters(), lr=0.1)
+    other = torch.optim.SGD(model.head.parameters(), lr=0.1)
     averager.attach(optimizer)
     for again in ((optimizer,), (other, other), (other, optimizer)):
         with pytest.raises(ConfigError, match="this SGD is attached already; a second time"):

@@ -334,10 +334,13 @@ def test_an_interrupted_body_leaves_no_trace(error: type[BaseException]) -> None
 @pytest.mark.parametrize("error", [KeyboardInterrupt, BodyError])
 def test_the_body_s_own_exception_goes_before_that_of_a_write(error: type[BaseException]) -> None:
     model, averager = trained("plain", Awkward)
-    with pytest.raises(error), averager.applied("ema"):
-        with torch.no_grad():
+
+    def body() -> None:
+        with averager.applied("ema"), torch.no_grad():
             model.get_parameter("one").add_(1.0)
-        raise error
+            raise error
+
+    pytest.raises(error, body)
 
 
 def interrupted_on_one_rank() -> str:
@@ -358,11 +361,11 @@ def test_an_interrupt_on_one_rank_is_heard_of_on_the_others() -> None:
 
 
 def die_while_entering() -> tuple[str, list[str], str] | None:
-    model, averager = trained("ddp", Awkward, timeout=SHORT)
+    _, averager = trained("ddp", Awkward, timeout=SHORT)
     own = [shard.tensor for shard in averager["ema"].live]
     before = [tensor.clone() for tensor in own]
     if dist.get_rank() == 1:
-        with mock.patch.object(swap, "_share_pieces", lambda *_: os._exit(1)):
+        with mock.patch.object(swap, "_share_pieces", side_effect=lambda *_: os._exit(1)):
             error_of(averager.applied("ema").__enter__)
     text = error_of(averager.applied("ema").__enter__)
     changed = [str(i) for i, (a, b) in enumerate(zip(own, before, strict=True)) if not same(a, b)]
