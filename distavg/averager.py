@@ -267,13 +267,14 @@ class Averager:
             make_permanent(average, self._shards)
         else:
             self._check_usable()
-            self._follow()
+            if not self._shards.is_unchanged:
+                self._follow()
             other = Wrapped(module)
             other.reshard()
             located = [other.locate(each, self._comm.ranks) for each in other.named_tensors()]
             target = {tensor.fqn: tensor for tensor in located}
-            copy_into(average, self._shards, target, self._comm)
             other.break_graphs()
+            copy_into(average, self._shards, target, self._comm)
 
     def full_state_dict(
         self, name: str | None = None, *, all_ranks: bool = False

@@ -119,23 +119,19 @@ def copy_into(
     )
     if is_local:
         kept = [part for tensor in source.tensors if not tensor.is_held for part in tensor.parts]
-        for shard in [*average.shards(), *kept]:
-            _write(shard.tensor, shard.box, target[shard.fqn])
+        places = {(fqn, part.box): part for fqn, t in target.items() for part in t.parts}
+        shards = [*average.shards(), *kept]
+        targets = [places[shard.fqn, shard.box].tensor for shard in shards]
+        if targets:
+            torch._foreach_copy_(targets, [shard.tensor for shard in shards])
         return
     source.catalogue_everywhere()
     with comm.together("copy_to()"):
         _check_same_tensors(source, target)
     for fqn, whole in iter_whole_tensors(average.shards(), source, comm, all_ranks=True):
         if whole is not None and fqn in target:
-            _write(whole, Box.whole(whole.shape), target[fqn])
-
-
-def _write(tensor: Tensor, box: Box, target: LiveTensor) -> None:
-    """Copy what a tensor, which lies at a box, has of a target's parts."""
-    for part in target.parts:
-        common = part.box.intersect(box) if part.box != box else box
-        if common is not None:
-            part.part(common).tensor.copy_(tensor[common.relative_to(box).slices()])
+            for part in target[fqn].parts:
+                part.tensor.copy_(whole[part.box.slices()])
 
 
 def _check_same_tensors(source: ModelShards, target: Mapping[str, LiveTensor]) -> None:

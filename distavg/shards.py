@@ -9,6 +9,7 @@ which nothing is known, and buffers.
 """
 
 import fnmatch
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,9 +23,11 @@ from distavg.errors import ConfigError, ModelMismatch, ReplicaMismatch, Unsuppor
 from distavg.foreach import checksum
 from distavg.layout import divide
 from distavg.names import NamedTensor
-from distavg.wrappers import LiveTensor, Model, Shard, Wrapped, ranks_of
+from distavg.wrappers import LiveTensor, Model, Shard, Watch, Wrapped, ranks_of
 
 __all__ = ["GlobalTensor", "ModelShards", "check_equal"]
+
+_REQUIRES_GRAD = operator.attrgetter("requires_grad")
 
 # What PyTorch computes with and safetensors files hold.
 _AVERAGED_DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16} | {
@@ -260,9 +263,9 @@ class ModelShards:
                 for shard in pieces[group.rank]:
                     owned.setdefault(shard.fqn, []).append(shard)
         self.owned = [shard for tensor in self.tensors for shard in owned.get(tensor.fqn, ())]
-        self._watched = [t for t in self.tensors if t.fqn in self._frozen]
-        anchors = (tensor.anchor for tensor in self.tensors if tensor.is_held)
-        self._anchors = list({(id(a.table), a.key): a for a in anchors}.values())
+        self._thawing = [t.named.tensor for t in self.tensors if t.fqn in self._frozen]
+        self._watch = Watch(tensor.anchor for tensor in self.tensors if tensor.is_held)
+        self._watch_all = Watch(tensor.anchor for tensor in self.tensors)
 
     @property
     def has_unknown_replicas(self) -> bool:
@@ -282,11 +285,14 @@ class ModelShards:
     def is_current(self) -> bool:
         """Whether what is averaged still has its storage, and what was frozen still is.
 
-        Costs about 0.2 µs for each tensor: little enough to be asked at every update.
+        Costs about 0.1 µs for each tensor: little enough to be asked at every update.
         """
-        return all(anchor.is_current for anchor in self._anchors) and not any(
-            tensor.named.tensor.requires_grad for tensor in self._watched
-        )
+        return self._watch.is_current and not any(map(_REQUIRES_GRAD, self._thawing))
+
+    @property
+    def is_unchanged(self) -> bool:
+        """The same of all tensors, buffers and frozen ones included."""
+        return self.is_current and self._watch_all.is_current
 
     def follow(self) -> bool:
         """Take up what has changed since: storage, dtypes, devices, unfrozen parameters.

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from checks import (
     CASES,
     MULTI_AVG_FNS,
+    ONCE,
     RULES,
     cloned,
     communications,
@@ -107,9 +108,9 @@ def collectives_of_updates(layout: str) -> int:
     return counted
 
 
-@pytest.mark.parametrize("layout", ["ddp", "fsdp2", "fsdp2-keep"])
-def test_updates_communicate_nothing(layout: str) -> None:
-    assert run_ranks(collectives_of_updates, 2, layout) == [0, 0]
+@pytest.mark.parametrize(("layout", "world_size"), [case for case in ONCE if case[0] != "plain"])
+def test_updates_communicate_nothing(layout: str, world_size: int) -> None:
+    assert run_ranks(collectives_of_updates, world_size, layout) == [0] * world_size
 
 
 def updates_alone() -> bool:

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from checks import (
     CASES,
+    ONCE,
+    SIZES,
     communications,
     differences,
     error_of,
@@ -120,7 +122,7 @@ def test_whole_tensors_are_copies() -> None:
 
 def teacher_after(layout: str, target_layout: str) -> tuple[list[str], bool, list[str]]:
     """What a teacher holds wrongly, whether it computes rightly, what changed in the live model."""
-    cls = Uneven if "fsdp2" in (layout + target_layout) else Awkward
+    cls = model_class(layout) if layout == target_layout else Uneven
     model, averager = trained(layout, cls)
     teacher = build(target_layout, cls, seed=77)
     outputs(teacher)
@@ -134,14 +136,30 @@ def teacher_after(layout: str, target_layout: str) -> tuple[list[str], bool, lis
     live_buffers = dict(unwrapped(model).named_buffers())
     wrong += differences(dict(unwrapped(teacher).named_buffers()), live_buffers)
     teacher.eval()
-    is_right = same(outputs(teacher), outputs_with(cls, {**expected, **live_buffers}))
+    right = outputs_with(cls, {**expected, **live_buffers}, layout=target_layout)
+    is_right = same(outputs(teacher), right)
     return wrong, is_right, differences(refs, before)
 
 
-@pytest.mark.parametrize("target", ["plain", "ddp", "fsdp2", "fsdp2-keep"])
-@pytest.mark.parametrize("layout", ["plain", "ddp", "fsdp2", "fsdp2-keep"])
-def test_a_teacher_in_any_layout_gets_the_average(layout: str, target: str) -> None:
-    assert run_ranks(teacher_after, 3, layout, target) == [([], True, [])] * 3
+def layouts_of(world_size: int) -> list[str]:
+    return [layout for layout, sizes in SIZES.items() if world_size in sizes]
+
+
+@pytest.mark.parametrize(
+    ("layout", "target", "world_size"),
+    [
+        *((layout, target, 3) for layout in layouts_of(3) for target in ("plain", "ddp", "fsdp2")),
+        *((layout, target, 3) for layout in ("ddp", "fsdp2") for target in layouts_of(3)),
+        *((layout, layout, size) for layout, size in ONCE),
+        ("hsdp", "fsdp1-hybrid", 4),
+        ("tp-fsdp2", "hsdp", 4),
+    ],
+)
+def test_a_teacher_in_any_layout_gets_the_average(
+    layout: str, target: str, world_size: int
+) -> None:
+    found = run_ranks(teacher_after, world_size, layout, target)
+    assert found == [([], True, [])] * world_size
 
 
 def teacher_collectives(layout: str, target: str) -> tuple[int, int]:
@@ -153,10 +171,12 @@ def teacher_collectives(layout: str, target: str) -> tuple[int, int]:
     return counted - vote, vote
 
 
-@pytest.mark.parametrize("layout", ["plain", "fsdp2", "fsdp2-keep"])
-def test_no_tensor_travels_between_equal_layouts(layout: str) -> None:
+@pytest.mark.parametrize(
+    "layout", ["plain", "fsdp2", "fsdp2-keep", "fsdp1", "fsdp1-flat", "fsdp1-grad-op"]
+)
+def test_nothing_is_communicated_between_equal_layouts(layout: str) -> None:
     for beyond, vote in run_ranks(teacher_collectives, 2, layout, layout):
-        assert beyond <= 0
+        assert beyond == -vote  # none at all
         assert vote > 0  # the check can count
     for beyond, _ in run_ranks(teacher_collectives, 2, layout, "ddp"):
         assert beyond > 0

@@ -340,7 +340,8 @@ def test_the_body_s_own_exception_goes_before_that_of_a_write(error: type[BaseEx
             model.get_parameter("one").add_(1.0)
             raise error
 
-    pytest.raises(error, body)
+    with pytest.raises(error):
+        body()
 
 
 def interrupted_on_one_rank() -> str:
