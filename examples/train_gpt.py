@@ -20,13 +20,16 @@ import torch.nn.functional as F  # noqa: N812 -- its usual name
 import xxhash
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import distavg
 
-LAYERS, WIDTH, HEAD = 4, 160, 32
+LAYERS, WIDTH, HEAD = 3, 192, 32
 CONTEXT, BATCH, HELD_OUT = 128, 4, 128  # bytes of a sequence; sequences of a step, of a test
 
 
@@ -74,12 +77,28 @@ class GPT(nn.Module):
         return self.head(self.norm(x))
 
 
-def parallelize(model: GPT, kind: str) -> nn.Module:
-    if kind == "fsdp2":
+def parallelize(model: GPT, kind: str, device: torch.device) -> tuple[nn.Module, int]:
+    """The wrapped model, and over how many ranks each batch is spread by tensor parallelism."""
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    if kind == "ddp":
+        return DistributedDataParallel(model), 1
+    if kind == "fsdp1":
+        options = {"use_orig_params": True, "device_id": device}
+        units = ModuleWrapPolicy({Block})
+        return FullyShardedDataParallel(model, auto_wrap_policy=units, **options), 1
+    if kind == "none":
+        return model, 1
+    outer = {"hsdp": 2, "tp-fsdp2": 2, "tp": 1, "fsdp2": size}[kind]
+    mesh = init_device_mesh(device.type, (outer, size // outer), mesh_dim_names=("data", "inner"))
+    if "tp" in kind:
+        into, out_of = ColwiseParallel(), RowwiseParallel()
+        plan = {"qkv": into, "attention_out": out_of, "mlp_in": into, "mlp_out": out_of}
         for block in model.blocks:
-            fully_shard(block)
-        return fully_shard(model)
-    return DistributedDataParallel(model) if kind == "ddp" else model
+            parallelize_module(block, mesh["inner"], plan)
+    if kind != "tp":
+        for module in (*model.blocks, model):
+            fully_shard(module, mesh=mesh if kind == "hsdp" else mesh["data"])
+    return model, size // outer if "tp" in kind else 1
 
 
 def read_text(*, held_out: bool) -> Tensor:
@@ -112,7 +131,8 @@ def seconds() -> float:
 
 def main() -> None:
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    layouts = ["none"] if world_size == 1 else ["fsdp2", "ddp"]
+    many = ["fsdp2", "ddp", "fsdp1", "hsdp", "tp", "tp-fsdp2"]  # hsdp and tp-fsdp2: on 2 x N ranks
+    layouts = ["none"] if world_size == 1 else many
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--parallel", choices=layouts, default=layouts[0])
     parser.add_argument("--save", type=Path, help="checkpoint to write at the end")
@@ -130,12 +150,15 @@ def main() -> None:
     torch.manual_seed(0)  # the same initial weights on every rank
     model = GPT().to(device)
     model_bytes = sum(p.nbytes for p in model.parameters())
-    model = parallelize(model, args.parallel)
+    model, tensor_parallel = parallelize(model, args.parallel, device)
+    data_rank, data_size = rank // tensor_parallel, world_size // tensor_parallel
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95))
     ema = distavg.EMA(half_life="10ba")
     swa = distavg.SWA(start="0.75dur", update_interval="2ba")
     clock = distavg.Clock(max_duration=f"{args.steps}ba")
-    averager = distavg.Averager(model, {"ema": ema, "swa": swa}, clock=clock)
+    # Beside tensor-parallel layers plain ones are alike on all ranks, which only we can know.
+    alike = dist.group.WORLD if args.parallel == "tp" else None
+    averager = distavg.Averager(model, {"ema": ema, "swa": swa}, clock=clock, replicas=alike)
     if args.resume:
 
         def restore(folder: Path) -> None:
@@ -146,13 +169,13 @@ def main() -> None:
         averager.load(args.resume, also=restore)
 
     text, first_step = read_text(held_out=False), averager.step_count
-    step_bytes = world_size * BATCH * CONTEXT
+    step_bytes = data_size * BATCH * CONTEXT
     total = max(0, args.steps - first_step) * step_bytes
     progress = tqdm(total=total, unit="tok", unit_scale=True, disable=rank > 0 or total == 0)
     update_seconds, started = 0.0, seconds()
     for step in range(first_step, args.steps):
         # A batch follows from step and rank alone: a resume has no loader's state to restore.
-        random = torch.Generator().manual_seed(hash((step, rank)))
+        random = torch.Generator().manual_seed(hash((step, data_rank)))
         starts = torch.randint(len(text) - CONTEXT, (BATCH,), generator=random)
         # After the warm-up the rate stays constant: averaging does what decaying it would.
         optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 30)

@@ -47,3 +47,15 @@ def test_a_run_saved_on_two_ranks_resumes_on_three_and_on_one(tmp_path: Path) ->
     assert checksums(one) == checksums(saved)
     more = run(1, "train_gpt.py", "--resume=gpt", "--steps=8", "--save=more", cwd=tmp_path)
     assert len({*checksums(one), *checksums(more)}) == 4  # it went on
+
+
+def test_every_layout_resumes_what_another_saved(tmp_path: Path) -> None:
+    saved = run(2, "train_gpt.py", "--parallel=fsdp1", "--save=gpt", *TINY, cwd=tmp_path)
+    assert len(checksums(saved)) == 2
+    for layout in ("hsdp", "tp", "tp-fsdp2"):
+        again = run(2, "train_gpt.py", f"--parallel={layout}", "--resume=gpt", *TINY, cwd=tmp_path)
+        assert checksums(again) == checksums(saved)
+
+
+def test_a_teacher_runs_in_every_step(tmp_path: Path) -> None:
+    assert "step 200: cross entropy" in run(2, "teacher.py", cwd=tmp_path)
