@@ -196,12 +196,21 @@ def main() -> None:
 
     text = read_text(held_out=True)
     starts = torch.linspace(0, len(text) - CONTEXT - 1, HELD_OUT).long()
-    with torch.no_grad():
-        loss = loss_of(model, text, starts, device)
-    report = [f"live {loss:.4f} nats per held-out byte; {model_bytes:,} bytes of weights"]
+
+    @torch.no_grad()
+    def held_out_loss() -> float:
+        mine = starts[data_rank::data_size]
+        loss = loss_of(model, text, mine, device) * len(mine) / HELD_OUT / tensor_parallel
+        if world_size > 1:
+            dist.all_reduce(loss)
+        return loss.item()
+
+    report = [
+        f"live {held_out_loss():.4f} nats per held-out byte; {model_bytes:,} bytes of weights"
+    ]
     for name in averager.names:
-        with averager.applied(name), torch.no_grad():
-            loss = loss_of(model, text, starts, device)
+        with averager.applied(name):
+            loss = held_out_loss()
         held = [averager[name].nbytes] * world_size
         if world_size > 1:
             dist.all_gather_object(held, held[rank])

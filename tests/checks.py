@@ -44,6 +44,13 @@ CASES = [(layout, size) for layout, sizes in SIZES.items() for size in sizes]
 # Each layout once, on two ranks where it can.
 ONCE = [(layout, max(sizes, key=lambda size: (size <= 2, size))) for layout, sizes in SIZES.items()]
 
+# One of each kind.
+FEW = [
+    case
+    for case in ONCE
+    if case[0] in ("plain", "ddp", "fsdp2", "fsdp2-keep", "fsdp1-grad-op", "fsdp1-flat", "tp-fsdp2")
+]
+
 RULES = {"ema": distavg.EMA(0.9), "swa": distavg.SWA(update_interval="1ba")}
 MULTI_AVG_FNS = {"ema": get_ema_multi_avg_fn(0.9), "swa": get_swa_multi_avg_fn()}
 

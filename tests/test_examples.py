@@ -1,10 +1,19 @@
 """Whole jobs: the examples as a user starts them, with python and with torchrun."""
 
+import contextlib
+import importlib.util
+import io
 import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch.distributed as dist
+from ranks import run_ranks
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY = ["--steps", "6"]
@@ -38,23 +47,43 @@ def test_the_quickstart_on_one_process_and_on_two(tmp_path: Path) -> None:
         assert average < live / 2
 
 
-def test_a_run_saved_on_two_ranks_resumes_on_three_and_on_one(tmp_path: Path) -> None:
+def in_process(*arguments: str) -> str:
+    """What train_gpt prints here, on ranks that have joined a process group already."""
+    spec = importlib.util.spec_from_file_location("train_gpt", EXAMPLES / "train_gpt.py")
+    assert spec is not None
+    assert spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    printed = io.StringIO()
+    with (
+        contextlib.redirect_stdout(printed),
+        mock.patch.object(sys, "argv", ["train_gpt.py", *arguments]),
+        mock.patch.object(dist, "init_process_group"),
+        mock.patch.object(dist, "destroy_process_group"),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # PyTorch's, about FSDP1 and its checkpoints
+        example.main()
+    return printed.getvalue()
+
+
+def test_a_run_resumes_on_other_world_sizes_and_layouts(tmp_path: Path) -> None:
     saved = run(2, "train_gpt.py", "--save=gpt", *TINY, cwd=tmp_path)
     assert len(checksums(saved)) == 2
-    three = run(3, "train_gpt.py", "--parallel=ddp", "--resume=gpt", *TINY, cwd=tmp_path)
-    assert checksums(three) == checksums(saved)
-    one = run(1, "train_gpt.py", "--resume=gpt", *TINY, cwd=tmp_path)
-    assert checksums(one) == checksums(saved)
+    resume = f"--resume={tmp_path / 'gpt'}"
+    for size, layout in [(3, "ddp"), (2, "fsdp1"), (2, "hsdp"), (2, "tp"), (4, "tp-fsdp2")]:
+        printed = run_ranks(in_process, size, resume, f"--parallel={layout}", *TINY)
+        assert checksums(printed[0]) == checksums(saved), layout
     more = run(1, "train_gpt.py", "--resume=gpt", "--steps=8", "--save=more", cwd=tmp_path)
-    assert len({*checksums(one), *checksums(more)}) == 4  # it went on
+    assert len({*checksums(saved), *checksums(more)}) == 4  # it went on
 
 
-def test_every_layout_resumes_what_another_saved(tmp_path: Path) -> None:
-    saved = run(2, "train_gpt.py", "--parallel=fsdp1", "--save=gpt", *TINY, cwd=tmp_path)
-    assert len(checksums(saved)) == 2
-    for layout in ("hsdp", "tp", "tp-fsdp2"):
-        again = run(2, "train_gpt.py", f"--parallel={layout}", "--resume=gpt", *TINY, cwd=tmp_path)
-        assert checksums(again) == checksums(saved)
+@pytest.mark.parametrize("layout", ["fsdp1", "hsdp", "tp", "tp-fsdp2"])
+def test_every_layout_saves_what_another_resumes(layout: str, tmp_path: Path) -> None:
+    path = tmp_path / "gpt"
+    saved = run_ranks(in_process, 2, f"--save={path}", f"--parallel={layout}", *TINY)
+    again = run_ranks(in_process, 3, f"--resume={path}", *TINY)
+    assert checksums(again[0]) == checksums(saved[0]) != []
 
 
 def test_a_teacher_runs_in_every_step(tmp_path: Path) -> None:
