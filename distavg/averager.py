@@ -46,16 +46,18 @@ class Averager:
     communicate. Methods that are collective say so; every rank must call them, in one order.
 
     Args:
-        model: A plain, DDP, `fully_shard` (FSDP2) or compiled module on its final device, with
-            its wrappers in place; or a mapping of prefix to such modules.
+        model: A module on its final device with its wrappers in place: plain, DDP, FSDP1,
+            FSDP2, HSDP, tensor-parallel, compiled; or a mapping of prefix to such modules, which
+            may be others on each rank (pipeline stages).
         rules: One rule, or a mapping of names to rules; a rule alone is named by its kind.
         clock: The length of epochs and of the run, for times in `ep` and `dur`.
         dtype: The dtype of the averages, one or a mapping by name. None: fp32 for bf16 and fp16
             parameters, otherwise the parameter's own.
         device: None: beside the parameters. Averages in host memory come with a later release.
         process_group: The ranks that hold parts of the model; None for all.
-        replicas: The ranks that hold identical plain parameters; found without help for DDP.
-            A plain model under a process group without it is averaged whole on every rank.
+        replicas: The ranks that hold identical plain parameters; found without help for DDP,
+            FSDP1 and DTensors. Plain ones under a process group without it are averaged whole on
+            every rank.
         shard_replicas: Whether replicas divide the averages among themselves. False keeps whole
             copies, so that `applied()` needs no peer to restore the live weights.
         include: Patterns (`fnmatch`) of the canonical names to average; None for all. Only
@@ -69,7 +71,7 @@ class Averager:
     Raises:
         ConfigError: An argument that cannot be, a time that the clock cannot resolve, a schedule
             that never updates, nothing to average.
-        UnsupportedError: A wrapper or an option of a later release.
+        UnsupportedError: Tensors that cannot be averaged, or an option of a later release.
         ReplicaMismatch: Replicas that differ.
 
     >>> from distavg import EMA

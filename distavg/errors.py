@@ -3,7 +3,7 @@
 ```
 DistavgError
 ├── ConfigError (ValueError)       an argument that cannot be: a decay of 1.2
-├── UnsupportedError (NotImplementedError)   a wrapper or an option of a later release
+├── UnsupportedError (NotImplementedError)   tensors that cannot be averaged; later releases
 ├── StateError (RuntimeError)      a call at the wrong moment: step() inside applied()
 ├── ModelMismatch (ValueError)     the model is not the one that the averager was built with
 ├── ReplicaMismatch (RuntimeError) ranks that should hold the same tensor do not

@@ -3,7 +3,7 @@
 Going in, each rank exchanges the shards that it owns: in place where average and live weights
 have one dtype, so that the live values wait in the average's memory. Where replicas divide the
 average, each owner then broadcasts its part to the others. Coming back is the same exchange, and
-the same broadcast with the live values. On FSDP2 and plain models the weights need no
+the same broadcast with the live values. Where nothing is replicated the weights need no
 communication; the ranks only tell each other that all went well.
 """
 

@@ -78,8 +78,8 @@ def test_a_run_resumes_on_other_world_sizes_and_layouts(tmp_path: Path) -> None:
     assert len({*checksums(saved), *checksums(more)}) == 4  # it went on
 
 
-@pytest.mark.parametrize("layout", ["fsdp1", "hsdp", "tp", "tp-fsdp2"])
-def test_every_layout_saves_what_another_resumes(layout: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["fsdp1", "tp-fsdp2"])
+def test_a_layout_saves_what_another_resumes(layout: str, tmp_path: Path) -> None:
     path = tmp_path / "gpt"
     saved = run_ranks(in_process, 2, f"--save={path}", f"--parallel={layout}", *TINY)
     again = run_ranks(in_process, 3, f"--resume={path}", *TINY)

@@ -13,7 +13,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 class Padded(nn.Module):
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(vocabulary, 160)
+        self.embedding = nn.Embedding(vocabulary, 192)
 
 
 def test_the_error_message_is_a_real_one(tmp_path: Path) -> None:
