@@ -53,6 +53,13 @@ def test_the_version_is_that_of_the_distribution() -> None:
     assert distavg.__version__ == importlib.metadata.version("distavg")
 
 
+@pytest.mark.parametrize("name", ["Custom", "PowerEMA", "recalibrate_batchnorm"])
+def test_names_of_the_contract_that_come_later_say_so(name: str) -> None:
+    with pytest.raises(distavg.UnsupportedError, match=f"distavg.{name} comes with a later rel"):
+        getattr(distavg, name)
+    assert not hasattr(distavg, "nonsense")
+
+
 PROBE = """
 import json, logging, random, sys, warnings
 import torch

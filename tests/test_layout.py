@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distavg.layout import Box, chunk_extent, cover_fault, divide, range_boxes
+from distavg.layout import Box, chunk_extent, cover_fault, divide, nested_extent, range_boxes
 
 Shape = tuple[int, ...]
 
@@ -266,3 +267,14 @@ def test_cover_of_zero_dims() -> None:
     assert cover_fault((), [one, one]) == "two boxes overlap"
     assert cover_fault((), []) == "1 of 1 elements are in no box"
     assert cover_fault((3, 0), []) is None
+
+
+@given(st.integers(0, 40), st.lists(st.integers(1, 4), max_size=3))
+def test_nested_cuts_are_those_of_torch_chunk(length: int, parts: list[int]) -> None:
+    for place in itertools.product(*(range(n) for n in parts)):
+        rows = torch.arange(length)
+        for n, index in zip(parts, place, strict=True):
+            chunks = rows.chunk(n) if len(rows) else ()
+            rows = chunks[index] if index < len(chunks) else rows[:0]
+        offset, size = nested_extent(length, list(zip(parts, place, strict=True)))
+        assert list(range(offset, offset + size)) == rows.tolist()

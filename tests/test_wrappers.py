@@ -6,6 +6,7 @@ by PyTorch's own means after each step. test_averager.py and test_swap.py have t
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -40,12 +41,14 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor import Shard as ShardPlacement
 from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
-from distavg import Averager
+from distavg import Averager, UnsupportedError
+from distavg.wrappers import Wrapped
 
 
 def in_fsdp2(model: TokenModel, **options: Any) -> nn.Module:
@@ -308,6 +311,55 @@ def offloaded_fsdp1() -> list[str]:
 
 def test_fsdp1_offloaded_to_the_host() -> None:
     assert run_ranks(offloaded_fsdp1, 2) == [[], []]
+
+
+# ---------------------------------------------------------------- placements
+
+
+def distributed(placements: list[Any], shape: tuple[int, ...]) -> tuple[list[str], str]:
+    """What `Wrapped` finds of a DTensor of these placements, against the tensor's own parts."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    whole = torch.arange(math.prod(shape), dtype=torch.float32).view(shape)
+    module = nn.Module()
+    try:
+        module.weight = nn.Parameter(distribute_tensor(whole, mesh, placements))
+        wrapped = Wrapped(module)
+        (tensor,) = (wrapped.locate(each, range(4)) for each in wrapped.named_tensors())
+    except UnsupportedError as error:
+        return [], str(error)
+    local = module.weight.to_local()
+    wrong = [] if sum(p.tensor.numel() for p in tensor.parts) == local.numel() else ["numel"]
+    return wrong + [
+        str(part.box) for part in tensor.parts if not same(part.tensor, whole[part.box.slices()])
+    ], "understood"
+
+
+@pytest.mark.parametrize("shape", [(8, 6), (5, 3), (1, 7)])
+@pytest.mark.parametrize(
+    "placements",
+    [
+        # Uneven strided ones are FSDP2's alone to make: see the tests of tp-fsdp2.
+        [ShardPlacement(0), ShardPlacement(0)],
+        [ShardPlacement(0), ShardPlacement(1)],
+        [Replicate(), ShardPlacement(1)],
+        [ShardPlacement(1), Replicate()],
+        [_StridedShard(0, split_factor=2), ShardPlacement(0)],
+        [Replicate(), Replicate()],
+    ],
+    ids=str,
+)
+def test_placements_give_the_boxes_that_the_values_prove(
+    placements: list[Any], shape: tuple[int, ...]
+) -> None:
+    if isinstance(placements[0], _StridedShard):
+        shape = (8, 6)
+    assert run_ranks(distributed, 4, placements, shape) == [([], "understood")] * 4
+
+
+def test_placements_that_are_not_contiguous_are_refused() -> None:
+    strided = [ShardPlacement(0), _StridedShard(0, split_factor=2)]
+    for _, how in run_ranks(distributed, 4, strided, (8, 6)):
+        assert "these are not the contiguous pieces" in how
 
 
 # ---------------------------------------------------------------- private ways of the wrappers
