@@ -15,13 +15,16 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
-from workloads import WORKLOADS, Parameters
+from workloads import WORKLOADS, Parameters, small_gpt
 
 import distavg
 
 
+UPDATED = {"GPT, 1.3 M": small_gpt, **WORKLOADS}
+
+
 def compare(name: str, count: int) -> list[dict[str, Any]]:
-    module = Parameters(WORKLOADS[name]())
+    module = Parameters(UPDATED[name]())
     model = DistributedDataParallel(module) if dist.is_initialized() else module
     averager = distavg.Averager(model, distavg.EMA(0.999))
     averager.step()
@@ -30,7 +33,8 @@ def compare(name: str, count: int) -> list[dict[str, Any]]:
         "AveragedModel, SWA": AveragedModel(module, multi_avg_fn=get_swa_multi_avg_fn()),
         "AveragedModel, SWA by default": AveragedModel(module),
     }
-    contestants = {"distavg, EMA": averager.step}
+    check = "the check in distavg's"
+    contestants = {"distavg, EMA": averager.step, check: lambda: averager._shards.is_current}
     against = "AveragedModel, EMA"
     if not dist.is_initialized():
         against = "one flat lerp_"
@@ -53,8 +57,10 @@ def compare(name: str, count: int) -> list[dict[str, Any]]:
             table,
             against,
         )
+        by_name = {row["what"]: row["median_ms"] for row in table}
+        print(f"the check is {by_name[check] / by_name['distavg, EMA']:.2%} of the update")
     return table
 
 
 if __name__ == "__main__":
-    measure.main(__doc__, WORKLOADS, compare, default_rounds=41)
+    measure.main(__doc__, UPDATED, compare, default_rounds=41)

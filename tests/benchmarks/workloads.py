@@ -39,6 +39,13 @@ def vit_b_16() -> Shapes:
     return [(1, 1, d), (d, 3, 16, 16), (d,), (1, 197, d), *block * 12, *ends]
 
 
+def small_gpt() -> Shapes:
+    """A GPT of examples/train_gpt.py's kind: 27 tensors, 1.3 million parameters."""
+    d = 160
+    block = [(d,), (3 * d, d), (d, d), (d,), (4 * d, d), (d, 4 * d)]
+    return [(256, d), *block * 4, (d,), (256, d)]
+
+
 WORKLOADS = {"ResNet-50": resnet50, "GPT-2": gpt2, "ViT-B/16": vit_b_16}
 
 
