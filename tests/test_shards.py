@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from checks import CASES, differences, error_of, model_class, same, storages
+from checks import CASES, RULES, differences, error_of, model_class, same, storages
 from models import LAYOUTS, Awkward, Uneven, backward, build, set_weights, weights_at
 from ranks import run_ranks
 from torch import nn
@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard as ShardPlacement
 from torch.nn.parallel import DistributedDataParallel
 
-from distavg import ConfigError, ModelMismatch, UnsupportedError
+from distavg import Averager, ConfigError, ModelMismatch, UnsupportedError
 from distavg.comm import Comm
 from distavg.shards import ModelShards
 
@@ -208,6 +208,27 @@ def replicas_that_differ(layout: str) -> str:
 def test_replicas_that_differ_are_named_with_tensor_and_ranks(layout: str) -> None:
     for text in run_ranks(replicas_that_differ, 3, layout):
         assert text.startswith("ReplicaMismatch: testing: one on ranks [2] differs from rank 0's")
+
+
+def sharded_replicas_that_differ(layout: str) -> str:
+    model = build(layout, Uneven)
+    if dist.get_rank() == 2:
+        next(iter(storages(model).values()))[:1].add_(1e-3)
+    return error_of(Averager, model, RULES)
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size", "other"),
+    [("hsdp", 4, 0), ("fsdp1-no-shard", 3, 0), ("fsdp1-hybrid-flat", 4, 0)],
+)
+def test_replicas_of_shards_that_differ_are_named(layout: str, world_size: int, other: int) -> None:
+    texts = run_ranks(sharded_replicas_that_differ, world_size, layout)
+    name = "experts"  # the first tensor of the first storage
+    for text in texts:
+        assert text.startswith(
+            f"ReplicaMismatch: building an Averager: {name} on ranks [2] differs"
+        )
+        assert f"from rank {other}'s" in text
 
 
 def replicas_of_one_rank_only() -> str:

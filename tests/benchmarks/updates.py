@@ -19,7 +19,6 @@ from workloads import WORKLOADS, Parameters, small_gpt
 
 import distavg
 
-
 UPDATED = {"GPT, 1.3 M": small_gpt, **WORKLOADS}
 
 
