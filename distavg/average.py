@@ -72,17 +72,17 @@ class Average:
         """
         self.learn_dtypes(model_shards)
         known = {(s.fqn, s.box): t for s, t in zip(self.live, self.tensors, strict=True)}
-        self.live, self.tensors = model_shards.owned, []
+        tensors: list[Tensor] = []
         averaged: list[tuple[Tensor, Tensor]] = []
         copied: list[tuple[Tensor, Tensor]] = []
-        for shard in self.live:
+        for shard in model_shards.owned:
             live, tensor = shard.tensor, known.get((shard.fqn, shard.box))
             if tensor is None:
                 tensor = torch.empty_like(live, dtype=self.dtypes[shard.fqn])
                 if self.num_updates:
                     tensor.copy_(live)
             tensor = tensor.to(live.device)
-            self.tensors.append(tensor)
+            tensors.append(tensor)
             is_buffer = model_shards.by_name[shard.fqn].named.is_buffer
             is_averaged = not is_buffer or (
                 self._buffers == "averaged" and tensor.is_floating_point()
@@ -90,6 +90,7 @@ class Average:
             (averaged if is_averaged else copied).append((tensor, live))
         self._averaged = Lerp([a for a, _ in averaged], [b for _, b in averaged])
         self._copied = Lerp([a for a, _ in copied], [b for _, b in copied])
+        self.live, self.tensors = model_shards.owned, tensors
 
     def learn_dtypes(self, model_shards: ModelShards) -> None:
         """Settle the dtype of each tensor that is held, and keep it from then on."""

@@ -106,6 +106,7 @@ class Averager:
         self._id = uuid.uuid4().hex
         self._loaded: str | None = None  # the save that this run goes on from
         self._broken: str | None = None
+        self._is_behind = False  # the model has changed, and not every average has followed
         self._hooks = OptimizerHooks(self.step)
         with self._comm.together("building an Averager"):
             _check_arguments(rules, clock=clock, dtype=dtype, device=device, buffers=buffers)
@@ -182,12 +183,13 @@ class Averager:
 
         Raises:
             StateError: An average is applied at the moment.
+            ModelMismatch: A tensor was removed from the model, or has another shape.
         """
         self._check_idle("step()")
         before, after = self._position, self._clock.after_step(self._position)
         due = [a for a in self._averages.values() if a.schedule.due(before, after)]
-        if due and not self._shards.is_current:
-            self._follow()
+        if due:
+            self._follow_if_needed()
         for average in due:
             average.update()
         self._position = after
@@ -200,8 +202,7 @@ class Averager:
         """
         average = self._named(name)
         self._check_idle("update()")
-        if not self._shards.is_current:
-            self._follow()
+        self._follow_if_needed()
         average.update()
 
     def synchronize(self) -> None:
@@ -236,6 +237,7 @@ class Averager:
         with self._comm.together(f"applied({average.name!r})"):
             self._check_idle("applied()")
             self._follow()
+        self._compare_tensors()
         self._check_alike(average.num_updates, f"applied({average.name!r})")
         if average.num_updates == 0 and not average.was_read_early:
             average.was_read_early = True
@@ -264,8 +266,17 @@ class Averager:
         """
         average = self._named(name)
         if module is None:
-            self._check_idle("copy_to()")
-            self._follow()
+            self._check_restored()
+            if self._shards.is_divided:
+                with self._comm.together("copy_to()"):
+                    self._check_idle("copy_to()")
+                    self._follow()
+                self._compare_tensors()
+                self._check_alike(average.num_updates, "copy_to()")
+                self._shards.check_replicas("copy_to()")
+            else:
+                self._check_idle("copy_to()")
+                self._follow()
             make_permanent(average, self._shards)
         else:
             self._check_usable()
@@ -467,6 +478,7 @@ class Averager:
         copy made with `torch.save` can be loaded only by the rank that made it.
         """
         self._check_usable()
+        self._follow_if_needed()
         return state(list(self._averages.values()), self._shards, self._comm, self._position)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -478,6 +490,7 @@ class Averager:
         """
         if inside := self._applied_name():
             raise StateError(f"load_state_dict() inside applied({inside!r}): load after it")
+        self._follow_if_needed()
         self._position = load_state(state_dict, list(self._averages.values()), self._shards)
 
     def metrics(self, *, distance: bool = False) -> dict[str, float]:
@@ -489,6 +502,7 @@ class Averager:
                 all-gather of two numbers per average.
         """
         self._check_usable()
+        self._follow_if_needed()
         metrics: dict[str, float] = {"step_count": self.step_count}
         for name, average in self._averages.items():
             metrics[f"{name}/num_updates"] = average.num_updates
@@ -548,7 +562,8 @@ class Averager:
     def _follow(self) -> None:
         """Take up what has changed in the model, or say why that cannot be. Not collective."""
         inside = self._applied_name()
-        if self._shards.follow():
+        self._is_behind |= self._shards.follow(thaw=inside is None)
+        if self._is_behind:
             if inside:
                 self._shards.lost = (
                     f"weights moved to other storage inside applied({inside!r}) (model.to(), or "
@@ -558,6 +573,14 @@ class Averager:
                 raise StateError(self._shards.lost)
             for average in self._averages.values():
                 average.follow(self._shards)
+            self._is_behind = False
+
+    def _follow_if_needed(self) -> None:
+        """The same, after a look that costs little. Not collective."""
+        if self._is_behind or not (
+            self._shards.has_same_storage if self._applied_name() else self._shards.is_current
+        ):
+            self._follow()
 
     def _compare_tensors(self) -> None:
         """Bring what is known of other ranks' tensors up to date. Collective."""

@@ -50,7 +50,7 @@ def iter_whole_tensors(
         if here is None or not model_shards.is_counted(tensor.fqn):
             mine = []
         dtype = mine[0].tensor.dtype if mine else None
-        whole = _assemble(mine, tensor.shape, dtype, comm, tensor.fqn)
+        whole = _assemble(mine, tensor.shape, dtype, tensor.dtype, comm, tensor.fqn)
         if all_ranks and comm.size > 1:
             whole = _spread(whole, tensor.shape, comm, tensor.fqn)
         for name in (tensor.fqn, *tensor.aliases):
@@ -61,6 +61,7 @@ def _assemble(
     mine: Sequence[Shard],
     shape: tuple[int, ...],
     dtype: torch.dtype | None,
+    default: torch.dtype,
     comm: Comm,
     fqn: str,
 ) -> Tensor | None:
@@ -71,7 +72,7 @@ def _assemble(
         for shard in mine:
             comm.send(shard.tensor.detach().cpu().contiguous(), 0, doing)
         return None
-    dtype = next(dtype for dtype, _ in held if dtype is not None)
+    dtype = next((dtype for dtype, _ in held if dtype is not None), default)
     whole = torch.empty(shape, dtype=dtype, device="cpu")
     for shard in mine:
         whole[shard.box.slices()].copy_(shard.tensor)
@@ -113,10 +114,12 @@ def copy_into(
         ModelMismatch: The modules' tensors differ in name or shape.
     """
     ours = source.by_name
-    is_local = ours.keys() == target.keys() and all(
-        tensor.layout == target[fqn].layout and not (tensor.is_held and tensor.is_divided)
-        for fqn, tensor in ours.items()
-    )
+    # All ranks must decide alike: who divides is known everywhere, layouts are equal on all ranks
+    # or on none, and where ranks have different tensors they vote.
+    is_local = not source.is_divided and ours.keys() == target.keys()
+    is_local = is_local and all(tensor.layout == target[fqn].layout for fqn, tensor in ours.items())
+    if source.has_stages:
+        is_local = all(comm.gather(is_local, "copy_to()"))
     if is_local:
         kept = [part for tensor in source.tensors if not tensor.is_held for part in tensor.parts]
         places = {(fqn, part.box): part for fqn, t in target.items() for part in t.parts}
@@ -128,6 +131,7 @@ def copy_into(
     source.catalogue_everywhere()
     with comm.together("copy_to()"):
         _check_same_tensors(source, target)
+    target = {name: t for t in target.values() for name in (t.fqn, *t.named.aliases)}
     for fqn, whole in iter_whole_tensors(average.shards(), source, comm, all_ranks=True):
         if whole is not None and fqn in target:
             for part in target[fqn].parts:
@@ -140,15 +144,21 @@ def _check_same_tensors(source: ModelShards, target: Mapping[str, LiveTensor]) -
     Raises:
         ModelMismatch: The modules' tensors differ in name or shape.
     """
-    for fqn in source.by_name.keys() ^ target.keys():
-        where = "the averaged model" if fqn in source.by_name else "the target"
+    ours, theirs = _shapes(source.by_name.values()), _shapes(target.values())
+    for fqn in sorted(ours.keys() ^ theirs.keys()):
+        where = "the averaged model" if fqn in ours else "the target"
         raise ModelMismatch(f"copy_to: only {where} has a tensor {fqn}")
-    for fqn, tensor in source.by_name.items():
-        if tensor.global_shape != target[fqn].global_shape:
+    for fqn, shape in ours.items():
+        if shape != theirs[fqn]:
             raise ModelMismatch(
-                f"copy_to: {fqn} has shape {tensor.global_shape} in the averaged model and "
-                f"{target[fqn].global_shape} in the target"
+                f"copy_to: {fqn} has shape {shape} in the averaged model and {theirs[fqn]} in the "
+                "target"
             )
+
+
+def _shapes(tensors: Iterable[LiveTensor]) -> dict[str, tuple[int, ...]]:
+    """By every name, those of tied tensors included."""
+    return {name: t.global_shape for t in tensors for name in (t.fqn, *t.named.aliases)}
 
 
 @torch.no_grad()

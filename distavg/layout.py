@@ -1,7 +1,7 @@
 """Boxes: n-dimensional rectangles of a global tensor, in plain Python.
 
 A box says which part of a whole tensor a rank holds. Every wrapper becomes boxes in
-`distavg.shards`, and every file of a checkpoint is boxes, so resharding is the intersection of
+`distavg.wrappers`, and every file of a checkpoint is boxes, so resharding is the intersection of
 two lists of boxes and nothing else.
 """
 

@@ -27,8 +27,6 @@ from distavg.wrappers import LiveTensor, Model, Shard, Watch, Wrapped, ranks_of
 
 __all__ = ["GlobalTensor", "ModelShards", "check_equal"]
 
-_REQUIRES_GRAD = operator.attrgetter("requires_grad")
-
 # What PyTorch computes with and safetensors files hold.
 _AVERAGED_DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16} | {
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool
@@ -67,7 +65,9 @@ class ModelShards:
         by_name: The same, by canonical name.
         catalogue: Those of all ranks.
         owned: What this rank averages: views of live tensors, in the model's order.
-        pieces: For each group of replicas, every rank's pieces, by rank within the group.
+        pieces: Of the tensors that a group of replicas divides from one moment on, every rank's
+            pieces, by rank within the group.
+        has_stages: Whether ranks have different tensors.
         is_divided: Whether any ranks divide replicas, be it others than this one.
         lost: Why the live weights are not what training left; None as long as they are.
 
@@ -124,7 +124,7 @@ class ModelShards:
                 if tensor.fqn in held:
                     _check_dtype(tensor)
         unmatched = {p for p in patterns if not any(_matches(each, [p]) for each in named)}
-        holders = self._find_holders(located, unmatched)
+        holders = self._find_holders(located, unmatched, shard_replicas=shard_replicas)
         self.tensors = [
             replace(
                 tensor,
@@ -165,7 +165,7 @@ class ModelShards:
         self._wrapped.break_graphs()
 
     def _find_holders(
-        self, located: Sequence[LiveTensor], unmatched: set[str]
+        self, located: Sequence[LiveTensor], unmatched: set[str], *, shard_replicas: bool
     ) -> dict[str, tuple[int, ...]]:
         """For each tensor the ranks that have the same boxes of it. Collective.
 
@@ -180,7 +180,8 @@ class ModelShards:
             if tensor.parts
         }
         ranks: dict[int, list[int]] = {}
-        alike = [mine[tensor.fqn] for tensor in located if tensor.is_alike and tensor.parts]
+        shared = [t for t in located if shard_replicas and t.is_alike and t.parts]
+        alike = [mine[tensor.fqn] for tensor in shared]
         content = (list(mine.values()), alike, unmatched)
         gathered = self._comm.gather(content, "building an Averager")
         if nowhere := set.intersection(*(theirs for _, _, theirs in gathered)):
@@ -194,7 +195,9 @@ class ModelShards:
         return {t.fqn: tuple(ranks[mine[t.fqn]]) if t.parts else (self._rank,) for t in located}
 
     def catalogue_everywhere(self) -> None:
-        """Bring `catalogue` up to date. Collective: one small all-gather.
+        """Bring `catalogue` up to date. Collective.
+
+        One all-gather of 64 bits, and one of all names where ranks have different tensors.
 
         Raises:
             ConfigError: Ranks have a tensor of one name with different shapes or dtypes.
@@ -206,7 +209,8 @@ class ModelShards:
             for is_buffer in [t.named.is_buffer]
         ]
         digest = xxhash.xxh3_64_intdigest(repr(mine).encode())
-        if len(set(self._comm.gather(digest, doing))) == 1:
+        self.has_stages = len(set(self._comm.gather(digest, doing))) > 1
+        if not self.has_stages:
             self.catalogue = mine
             return
         merged: dict[str, tuple[int, GlobalTensor]] = {}
@@ -247,9 +251,9 @@ class ModelShards:
                 owned[tensor.fqn] = list(tensor.parts)
         for names in self._generations:
             for (ranks, device_type), group in self._groups.items():
-                whole = [
+                whole = [  # by name, since the ranks' models may have other orders
                     part
-                    for tensor in self.tensors
+                    for tensor in sorted(self.tensors, key=operator.attrgetter("fqn"))
                     if tensor.fqn in names and tensor.is_divided and tensor.holders == ranks
                     for part in tensor.parts
                     if part.tensor.device.type == device_type
@@ -263,7 +267,12 @@ class ModelShards:
                 for shard in pieces[group.rank]:
                     owned.setdefault(shard.fqn, []).append(shard)
         self.owned = [shard for tensor in self.tensors for shard in owned.get(tensor.fqn, ())]
-        self._thawing = [t.named.tensor for t in self.tensors if t.fqn in self._frozen]
+        # Where a frozen one is registered; FSDP1 registers elsewhere, and keeps its own.
+        frozen = [tensor for tensor in self.tensors if tensor.fqn in self._frozen]
+        self._frozen_places = [
+            ({"": t.named.tensor}, "") if t.named.flattened else (t.anchor.table, t.anchor.key)
+            for t in frozen
+        ]
         self._watch = Watch(tensor.anchor for tensor in self.tensors if tensor.is_held)
         self._watch_all = Watch(tensor.anchor for tensor in self.tensors)
 
@@ -287,17 +296,27 @@ class ModelShards:
 
         Costs about 0.1 µs for each tensor: little enough to be asked at every update.
         """
-        return self._watch.is_current and not any(map(_REQUIRES_GRAD, self._thawing))
+        return self.has_same_storage and not any(
+            getattr(table.get(key), "requires_grad", False) for table, key in self._frozen_places
+        )
+
+    @property
+    def has_same_storage(self) -> bool:
+        """Whether what is averaged still has its storage."""
+        return self._watch.is_current
 
     @property
     def is_unchanged(self) -> bool:
         """The same of all tensors, buffers and frozen ones included."""
         return self.is_current and self._watch_all.is_current
 
-    def follow(self) -> bool:
+    def follow(self, *, thaw: bool = True) -> bool:
         """Take up what has changed since: storage, dtypes, devices, unfrozen parameters.
 
         Not collective. A tensor that was frozen and is trainable now is held from now on.
+
+        Args:
+            thaw: Whether unfrozen parameters are taken up.
 
         Returns:
             Whether anything that is averaged has changed.
@@ -317,7 +336,7 @@ class ModelShards:
                 f"{name} was {change} the model after its Averager was built: build a new one"
             )
         self._wrapped = wrapped
-        thawed = {name for name in self._frozen if now[name].tensor.requires_grad}
+        thawed = {name for name in self._frozen if thaw and now[name].tensor.requires_grad}
         tensors = []
         has_changed = bool(thawed)
         for old in self.tensors:
@@ -339,6 +358,7 @@ class ModelShards:
         self._frozen -= thawed
         if thawed:
             self._generations.append(thawed)
+        self._make_groups()  # tensors may be on another kind of device
         self._own()
         return has_changed
 

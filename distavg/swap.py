@@ -27,7 +27,7 @@ __all__ = ["applied", "make_permanent"]
 logger = logging.getLogger("distavg")
 
 # What a rank announces when it leaves the body of `applied()`: the sum of what happened.
-_WELL, _RAISED, _WROTE, _DAMAGED = 0, 1, 2, 4
+_WELL, _RAISED, _WROTE, _DAMAGED, _MOVED = 0, 1, 2, 4, 8
 _HAPPENED = {
     _RAISED: "raised an exception",
     _WROTE: "wrote to weights",
@@ -107,11 +107,21 @@ class _Swap:
 
     def leave(self, code: int) -> None:
         """Put the live weights back, whatever happened; raise unless the body did."""
+        has_moved = not self._shards.has_same_storage
         written = [tensor for tensor, each, version in self._versions if each._version != version]
         interrupt = self._put_live()
         self._average.is_applied = False
         error: DistavgError | None = None
-        if written:
+        if has_moved:
+            self._shards.lost = (
+                f"weights moved to other storage inside {self._doing} (model.to(), or "
+                "load_state_dict(assign=True)?), so the live ones cannot be put back there. Resume "
+                "from a checkpoint"
+            )
+            error = StateError(self._shards.lost)
+            logger.error(error)
+            code |= _MOVED
+        elif written:
             error = self._mark_written(written)
             code |= _WROTE | (_DAMAGED if self._average.damaged else 0)
         others: dict[int, int] = {}
@@ -128,7 +138,9 @@ class _Swap:
             raise interrupt
         if others:
             causes = ", ".join(
-                f"rank {rank} {_HAPPENED[c & (_RAISED | _WROTE)]}" for rank, c in others.items()
+                f"rank {rank} "
+                + ("moved weights" if c & _MOVED else _HAPPENED[c & (_RAISED | _WROTE)])
+                for rank, c in others.items()
             )
             error = RankError(
                 f"{self._doing}: {causes} inside the body; see its own output. The live weights "

@@ -27,7 +27,6 @@ moves them):
 """
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -217,18 +216,17 @@ class Wrapped:
     def reshard(self) -> None:
         """Drop unsharded copies, so that parameters are their sharded storage again.
 
-        No communication. `FSDPModule.reshard` is not recursive, and does nothing where
-        `reshard_after_forward` is off and a forward was left by an exception: FSDP2 still takes
-        itself to be inside it.
+        No communication. `FSDPModule.reshard` would not do: it is not recursive, and does nothing
+        where `reshard_after_forward` is off and a forward was left by an exception, since FSDP2
+        still takes itself to be inside it.
         """
-        for module in self.modules:
-            if isinstance(module, FSDPModule):
-                module.reshard()
         for group in self._groups:
-            # What was gathered ahead for a forward that never came. In inference mode it fails
-            # where FSDP2 has one shard only, as that forward has done.
-            with suppress(RuntimeError):
+            try:  # what was gathered ahead for a forward that never came
                 group.wait_for_unshard()
+            except RuntimeError as error:
+                # With one shard only, FSDP2 fails in inference mode: there was no forward.
+                if "Inference tensors" not in str(error):
+                    raise
             group._to_sharded()
         for handle in self._handles:
             flat = handle.flat_param
@@ -238,7 +236,10 @@ class Wrapped:
             handle._prefetched = False
             for name in ("_full_param_padded", "_full_prec_full_param_padded"):
                 if hasattr(flat, name):  # of the two, reshard frees the one that is in use
-                    getattr(flat, name).untyped_storage().resize_(0)
+                    padded = getattr(flat, name)
+                    if padded.device.type == "cuda":
+                        padded.record_stream(torch.cuda.current_stream(padded.device))
+                    padded.untyped_storage().resize_(0)
 
     def break_graphs(self) -> None:
         """Make autograd refuse graphs that hold unsharded copies, which follow the shards' values.
@@ -295,7 +296,8 @@ class Wrapped:
                 "weights) before building an Averager"
             )
         if named.flattened is not None:
-            return _flattened(named, named.flattened)
+            groups = {id(each.flat_param): each.process_group for each in self._handles}
+            return _flattened(named, named.flattened, groups[id(named.flattened.flat)])
         if isinstance(named.tensor, DTensor):
             return self._sharded(named, named.tensor, ranks)
         tensor = named.tensor.detach()
@@ -310,7 +312,7 @@ class Wrapped:
             (Shard(named.fqn, Box.whole(shape), shape, tensor),),
             shape,
             tensor.dtype,
-            (shape, is_alike),
+            (shape,),
             is_alike,
             frozenset(ranks_of(group)) if group is not None and is_alike else frozenset(),
             (group,) if group is not None else (),
@@ -338,7 +340,7 @@ class Wrapped:
             (Shard(named.fqn, box, shape, local),) if box.numel or 0 in shape else (),
             shape,
             tensor.dtype,
-            (shape, placements, tuple(mesh.shape)),
+            (shape, placements, tuple(mesh.shape), tuple(mesh_ranks)),
             True,
             frozenset().union(
                 *(
@@ -412,7 +414,7 @@ def _cuts(
     return None if any(waiting) else cuts
 
 
-def _flattened(named: NamedTensor, place: Flattened) -> LiveTensor:
+def _flattened(named: NamedTensor, place: Flattened, group: dist.ProcessGroup) -> LiveTensor:
     """What this rank's shard of FSDP1's flat parameter has of one of its parameters."""
     flat: Any = place.flat
     index = place.index
@@ -443,7 +445,7 @@ def _flattened(named: NamedTensor, place: Flattened) -> LiveTensor:
         tuple(parts),
         shape,
         base.dtype,
-        (shape, index, flat._numels_with_padding, flat._sharded_size),
+        (shape, index, flat._numels_with_padding, flat._sharded_size, tuple(ranks_of(group))),
         True,
         frozenset(),
         (),

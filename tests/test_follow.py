@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from checks import RULES, cloned, differences, error_of, feed, same, torch_average, trained
 from models import Awkward, Uneven, build, reshard, set_weights, unwrapped, weights_at
 from ranks import run_ranks
@@ -15,7 +17,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-import distavg
 from distavg import EMA, SWA, Averager
 
 
@@ -186,17 +187,82 @@ def test_storage_and_dtypes_that_change_are_followed(
         assert has_moved
 
 
-def test_weights_that_move_inside_applied_cannot_be_put_back() -> None:
-    model, averager = trained("plain", Awkward)
+def move_inside(layout: str) -> tuple[str, str]:
+    model, averager = trained(layout, Awkward)
 
     def body() -> None:
         with averager.applied("ema"):
             model.double()
-            averager.save("/nonexistent")
+            model.float()
 
-    assert "live ones cannot be put back" in error_of(body)
-    with pytest.raises(distavg.StateError, match="live ones cannot be put back"):
-        averager.step()
+    return error_of(body), error_of(averager.step)
+
+
+@pytest.mark.parametrize(("layout", "world_size"), [("plain", 1), ("ddp", 2)])
+def test_weights_that_move_inside_applied_cannot_be_put_back(layout: str, world_size: int) -> None:
+    for text, step in run_ranks(move_inside, world_size, layout):
+        assert "moved to other storage inside applied('ema')" in text
+        assert "cannot be put back" in step
+
+
+def test_a_parameter_that_is_unfrozen_inside_applied_is_taken_up_afterwards() -> None:
+    model, averager = trained("plain", Uneven)
+    with averager.applied("ema"):
+        model.get_parameter("frozen").requires_grad_(True)
+        averager.full_state_dict("ema")
+    assert "frozen" not in averager["ema"].dtypes
+    averager.step()
+    assert "frozen" in averager["ema"].dtypes
+
+
+def test_a_frozen_parameter_that_is_replaced_and_then_unfrozen_is_found() -> None:
+    model = build("plain", Uneven)
+    assert isinstance(model, Uneven)
+    averager = Averager(model, EMA())
+    model.frozen = nn.Parameter(torch.zeros(7, 1), requires_grad=False)
+    averager.step()
+    model.frozen.requires_grad_(True)
+    averager.step()
+    assert "frozen" in averager["ema"].dtypes
+
+
+def test_states_and_metrics_are_of_the_weights_as_they_are_now() -> None:
+    model = nn.Linear(2, 2)
+    averager = Averager(model, EMA())
+    model.load_state_dict(
+        {n: torch.full_like(p, 7.0) for n, p in model.named_parameters()}, assign=True
+    )
+    assert averager.state_dict()["averages"]["ema"]["tensors"]["weight"].unique().tolist() == [7.0]
+    averager.step()
+    model.load_state_dict(
+        {n: torch.full_like(p, 9.0) for n, p in model.named_parameters()}, assign=True
+    )
+    assert averager.metrics(distance=True)["ema/distance"] == pytest.approx(2 * 6**0.5)
+
+
+def unfreeze_on_one_rank() -> tuple[str, str]:
+    model, averager = trained("fsdp2", Uneven)
+    if dist.get_rank() == 1:
+        model.get_parameter("frozen").requires_grad_(True)
+    return error_of(averager.applied("ema").__enter__), error_of(averager.full_state_dict, "ema")
+
+
+def test_a_parameter_that_is_unfrozen_on_one_rank_only_is_an_error_on_all() -> None:
+    for texts in run_ranks(unfreeze_on_one_rank, 2):
+        for text in texts:
+            assert text.startswith("ConfigError: frozen is not the same on all ranks")
+
+
+def test_an_update_that_ran_out_of_memory_while_following_is_repeated() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
+    averager = Averager(model, {"x": EMA(), "y": EMA()})
+    averager.step()
+    model[1].requires_grad_(True)
+    with mock.patch("torch.empty_like", side_effect=MemoryError("full")):
+        assert error_of(averager.step) == "MemoryError: full"
+    averager.step()
+    for name in averager.names:
+        assert {shard.fqn for shard in averager[name].shards()} == set(model.state_dict())
 
 
 def test_the_old_storage_is_let_go() -> None:

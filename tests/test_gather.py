@@ -27,6 +27,7 @@ from checks import (
 from models import Awkward, Uneven, build, unwrapped, whole_weights
 from ranks import run_ranks
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 import distavg
 
@@ -181,7 +182,8 @@ def test_nothing_is_communicated_between_equal_layouts(layout: str) -> None:
     for beyond, vote in run_ranks(teacher_collectives, 2, layout, layout):
         assert beyond == -vote  # none at all
         assert vote > 0  # the check can count
-    for beyond, _ in run_ranks(teacher_collectives, 2, layout, "ddp"):
+    other = "fsdp2" if layout == "plain" else "ddp"
+    for beyond, _ in run_ranks(teacher_collectives, 2, layout, other):
         assert beyond > 0
 
 
@@ -232,3 +234,27 @@ def permanent(layout: str) -> tuple[list[str], bool, str]:
 @pytest.mark.parametrize(("layout", "world_size"), CASES)
 def test_the_live_model_may_become_the_average_for_good(layout: str, world_size: int) -> None:
     assert run_ranks(permanent, world_size, layout) == [([], True, "nothing")] * world_size
+
+
+def test_a_teacher_may_be_untied_where_the_student_is_tied() -> None:
+    _, averager = trained("plain", Uneven)
+    teacher = Uneven()
+    teacher.head.weight = nn.Parameter(torch.empty_like(teacher.embed.weight))
+    averager.copy_to(teacher, "swa")
+    expected = torch_average(Uneven, "swa", range(3))
+    assert same(teacher.head.weight.detach(), expected["embed.weight"])
+    assert same(teacher.embed.weight.detach(), expected["embed.weight"])
+
+
+def empty_in_fsdp1() -> list[tuple[int, ...]]:
+    model = nn.Sequential(nn.Linear(3, 2))
+    model.nothing = nn.Parameter(torch.empty(0, 3))
+    sharded = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+    averager = distavg.Averager(sharded, distavg.EMA())
+    averager.step()
+    return [tuple(t.shape) for t in averager.full_state_dict(all_ranks=True).values()]
+
+
+def test_a_tensor_without_elements_that_no_rank_has() -> None:
+    for shapes in run_ranks(empty_in_fsdp1, 2):
+        assert (0, 3) in shapes

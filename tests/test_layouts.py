@@ -119,7 +119,9 @@ def pipeline(wrapped_in: str, root: Path) -> tuple[list[str], int, str]:
     return wrong, held, str(averager.names)
 
 
-@pytest.mark.parametrize(("wrapped_in", "world_size"), [("plain", 2), ("plain", 3), ("fsdp2", 4)])
+@pytest.mark.parametrize(
+    ("wrapped_in", "world_size"), [("plain", 2), ("plain", 3), ("fsdp2", 4), ("ddp", 4)]
+)
 def test_pipeline_stages_are_one_model(wrapped_in: str, world_size: int, tmp_path: Path) -> None:
     results = run_ranks(pipeline, world_size, wrapped_in, tmp_path)
     assert [wrong for wrong, *_ in results] == [[]] * world_size

@@ -210,6 +210,37 @@ def test_replicas_that_differ_are_named_with_tensor_and_ranks(layout: str) -> No
         assert text.startswith("ReplicaMismatch: testing: one on ranks [2] differs from rank 0's")
 
 
+class Ordered(nn.Module):
+    """Two parameters of one shape, registered in an order of the caller's."""
+
+    def __init__(self, names: str) -> None:
+        super().__init__()
+        for value, name in enumerate(sorted(names)):
+            self.__dict__[f"_{name}"] = float(value)
+        for name in names:
+            self.register_parameter(name, nn.Parameter(torch.full((3,), self.__dict__[f"_{name}"])))
+
+
+def in_other_orders() -> tuple[list[str], list[float]]:
+    model = Ordered("xy" if dist.get_rank() == 0 else "yx")
+    averager = Averager(model, RULES, replicas=dist.group.WORLD)
+    averager.step()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    averager.step()
+    with averager.applied("ema"):
+        pass
+    owned = [shard.fqn for shard in averager["ema"].shards()]
+    return owned, [*model.x.tolist(), *model.y.tolist()]
+
+
+def test_ranks_divide_alike_though_their_models_have_other_orders() -> None:
+    first, second = run_ranks(in_other_orders, 2)
+    assert {*first[0], *second[0]} == {"x", "y"}
+    assert first[1] == second[1] == [1.0] * 3 + [2.0] * 3
+
+
 def sharded_replicas_that_differ(layout: str) -> str:
     model = build(layout, Uneven)
     if dist.get_rank() == 2:
