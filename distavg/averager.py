@@ -608,6 +608,11 @@ class Averager:
         damages = (average.damaged for average in self._averages.values())
         if problem := next(filter(None, (self._broken, self._shards.lost, *damages)), None):
             raise StateError(problem)
+        if self._applied_name() is None and (other := self._shards.applied_name):
+            raise StateError(
+                f"the model's live weights are the average {other!r} of another Averager at "
+                "present: leave its applied() first"
+            )
 
     def _check_idle(self, call: str) -> None:
         self._check_usable()

@@ -12,11 +12,12 @@ import fnmatch
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 import xxhash
-from torch import Tensor
+from torch import Tensor, nn
 
 from distavg.comm import Comm, ReplicaGroup
 from distavg.errors import ConfigError, ModelMismatch, ReplicaMismatch, UnsupportedError
@@ -26,6 +27,9 @@ from distavg.names import NamedTensor
 from distavg.wrappers import LiveTensor, Model, Shard, Watch, Wrapped, ranks_of
 
 __all__ = ["GlobalTensor", "ModelShards", "check_equal"]
+
+# The modules whose live weights are replaced at present, with the name of the average.
+_APPLIED: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 # What PyTorch computes with and safetensors files hold.
 _AVERAGED_DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16} | {
@@ -145,9 +149,24 @@ class ModelShards:
         self._own()
 
     @property
-    def modules(self) -> list[torch.nn.Module]:
+    def modules(self) -> list[nn.Module]:
         """All modules of the model on this rank, each once."""
         return self._wrapped.modules
+
+    def mark_applied(self, name: str | None) -> None:
+        """Say that an average is in place of the live weights, or none any more."""
+        for module in self.modules:
+            if name is None:
+                _APPLIED.pop(module, None)
+            else:
+                _APPLIED[module] = name
+
+    @property
+    def applied_name(self) -> str | None:
+        """The average of any Averager that is in place of this model's live weights."""
+        if not _APPLIED:
+            return None
+        return next((_APPLIED[module] for module in self.modules if module in _APPLIED), None)
 
     def parameters(self) -> Iterator[Tensor]:
         """What an optimizer of this model has: the model's parameters, sharded or not just now."""

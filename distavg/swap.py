@@ -98,6 +98,7 @@ class _Swap:
             self._mark_lost(caught)
             raise
         self._average.is_applied = True
+        self._shards.mark_applied(self._average.name)
         self._versions = [
             (tensor, each, each._version)
             for tensor in self._shards.tensors
@@ -111,6 +112,7 @@ class _Swap:
         written = [tensor for tensor, each, version in self._versions if each._version != version]
         interrupt = self._put_live()
         self._average.is_applied = False
+        self._shards.mark_applied(None)
         error: DistavgError | None = None
         if has_moved:
             self._shards.lost = (
@@ -161,7 +163,10 @@ class _Swap:
             and self._average.dtypes[tensor.fqn] == tensor.dtype
         ]
         tensor = (damaged or written)[0]
-        text = f"{tensor.fqn} was written to inside {self._doing}, where the average lies. "
+        text = f"{tensor.fqn} was written to inside {self._doing}, where the average lies"
+        if tensor.named.flattened is not None:
+            text += " (summon_full_params(writeback=True) does so, too)"
+        text += ". "
         if damaged:
             text += (
                 "The live weights are restored, and what was written is now in the average: load "
@@ -304,6 +309,12 @@ def _undisturbed(modules: Sequence[nn.Module], devices: set[torch.device]) -> It
     Costs a copy of the buffers, non-persistent ones included.
     """
     modes = [(module, module.training) for module in modules]
+    empty = [
+        (module, key)
+        for module in modules
+        for key, buffer in module._buffers.items()
+        if buffer is None
+    ]
     buffers = [
         (module, key, buffer, buffer.clone())
         for module in modules
@@ -324,3 +335,5 @@ def _undisturbed(modules: Sequence[nn.Module], devices: set[torch.device]) -> It
                     buffer.copy_(saved)
             if getattr(module, key, None) is not buffer:
                 setattr(module, key, buffer)
+        for module, key in empty:
+            setattr(module, key, None)

@@ -19,10 +19,11 @@ moves them):
 * FSDP2: `FSDPModule._get_fsdp_state()`, its `_fsdp_param_groups` (2.10: `_fsdp_param_group`), a
   group's `fsdp_params` and `_to_sharded()`, a parameter's `sharded_param`, `_module_info` and
   `_unsharded_param`.
-* FSDP1: `_handle` with its `flat_param`, `uses_sharded_strategy`, `reshard()`, `_prefetched`; of
-  the flat parameter `_local_shard`, `_full_param_padded`, `_full_prec_full_param_padded`,
-  `_param_infos`, `_shared_param_infos`, `_shard_param_infos`, `_params`, `_tensors`, `_shapes`,
-  `_strides`, `_contiguities`, `_numels_with_padding`, `_sharded_size`, `_param_extensions`.
+* FSDP1: `_handle` with its `flat_param`, `uses_sharded_strategy`, `reshard()`, `_prefetched`,
+  `_training_state`; of the flat parameter `_local_shard`, `_full_param_padded`,
+  `_full_prec_full_param_padded`, `_param_infos`, `_shared_param_infos`, `_shard_param_infos`,
+  `_params`, `_tensors`, `_shapes`, `_strides`, `_contiguities`, `_numels_with_padding`,
+  `_sharded_size`, `_param_extensions`.
 * DTensor: `_local_tensor`, which `to_local()` returns after 1 µs of checks.
 """
 
@@ -38,7 +39,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-from distavg.errors import ConfigError, UnsupportedError
+from distavg.errors import ConfigError, StateError, UnsupportedError
 from distavg.layout import Box, nested_extent, range_boxes
 from distavg.names import Flattened, NamedTensor, named_tensors
 
@@ -132,12 +133,14 @@ class Anchor:
         key: Its key there.
         address: Where the storage was.
         is_sharded: Whether it holds a DTensor.
+        before: What to look at as long as the tensor is not there.
     """
 
     table: MutableMapping[str, Any]
     key: str
     address: int
     is_sharded: bool = False
+    before: Tensor | None = None
 
 
 class Watch:
@@ -152,9 +155,9 @@ class Watch:
         lazy: list[Anchor] = []
         plain: list[Anchor] = []
         sharded: list[Anchor] = []
-        for anchor in known:  # before its first forward FSDP1 has only the shard, elsewhere
-            absent = anchor.key not in anchor.table
-            (lazy if absent else sharded if anchor.is_sharded else plain).append(anchor)
+        for anchor in known:
+            is_lazy = anchor.before is not None
+            (lazy if is_lazy else sharded if anchor.is_sharded else plain).append(anchor)
         self._lazy = lazy
         self._plain = [(anchor.table, anchor.key) for anchor in plain]
         self._sharded = [(anchor.table, anchor.key) for anchor in sharded]
@@ -171,8 +174,8 @@ class Watch:
         except (KeyError, AttributeError, TypeError):  # not there, or something else is
             return False
         for anchor in self._lazy:
-            tensor = anchor.table.get(anchor.key)
-            if tensor is not None and tensor.data_ptr() != anchor.address:
+            tensor = anchor.table.get(anchor.key, anchor.before)
+            if tensor.data_ptr() != anchor.address:
                 return False
         return True
 
@@ -216,6 +219,7 @@ class Wrapped:
     def reshard(self) -> None:
         """Drop unsharded copies, so that parameters are their sharded storage again.
 
+        Raises StateError inside FSDP1's `summon_full_params`, which would then write what is freed.
         No communication. `FSDPModule.reshard` would not do: it is not recursive, and does nothing
         where `reshard_after_forward` is off and a forward was left by an exception, since FSDP2
         still takes itself to be inside it.
@@ -230,6 +234,11 @@ class Wrapped:
             group._to_sharded()
         for handle in self._handles:
             flat = handle.flat_param
+            if handle._training_state.name == "SUMMON_FULL_PARAMS":
+                raise StateError(
+                    "inside FullyShardedDataParallel.summon_full_params the shards cannot be read "
+                    "or replaced: leave it first"
+                )
             if not hasattr(flat, "_local_shard"):
                 continue  # before its first forward it has only the shard
             handle.reshard(free_unsharded_flat_param=handle.uses_sharded_strategy)
@@ -304,7 +313,7 @@ class Wrapped:
         ddp = named.ddp
         group = replicas if ddp is None else ddp.process_group
         # Buffers may differ between replicas (BatchNorm statistics do): each rank keeps its own.
-        is_alike = group is not None and not named.is_buffer
+        is_alike = group is not None and not named.is_buffer and not _is_ignored(named)
         shape = tuple(tensor.shape)
         table = named.owner._buffers if named.is_buffer else named.owner._parameters
         return LiveTensor(
@@ -331,7 +340,8 @@ class Wrapped:
         box = _placed_box(named.fqn, tensor, local)
         gathered = self._gathered.get((named.owner, named.key))
         if gathered is None:
-            anchor = Anchor(named.owner._parameters, named.key, local.data_ptr(), is_sharded=True)
+            table = named.owner._buffers if named.is_buffer else named.owner._parameters
+            anchor = Anchor(table, named.key, local.data_ptr(), is_sharded=True)
         else:
             anchor = Anchor(vars(gathered), "sharded_param", local.data_ptr(), is_sharded=True)
         groups = tuple(mesh.get_group(axis) for axis in range(mesh.ndim))
@@ -341,17 +351,25 @@ class Wrapped:
             shape,
             tensor.dtype,
             (shape, placements, tuple(mesh.shape), tuple(mesh_ranks)),
-            True,
+            not named.is_buffer,
             frozenset().union(
                 *(
                     ranks_of(g)
                     for g, p in zip(groups, placements, strict=True)
-                    if type(p) is Replicate
+                    if type(p) is Replicate and not named.is_buffer
                 )
             ),
             groups,
             anchor,
         )
+
+
+def _is_ignored(named: NamedTensor) -> bool:
+    """Whether DDP was told to leave a parameter alone, so that the ranks' may differ."""
+    if named.ddp is None or not named.ddp.parameters_to_ignore:
+        return False
+    inner = named.ddp.module.named_parameters()
+    return any(p is named.tensor and n in named.ddp.parameters_to_ignore for n, p in inner)
 
 
 def ranks_of(group: dist.ProcessGroup) -> list[int]:
@@ -449,7 +467,8 @@ def _flattened(named: NamedTensor, place: Flattened, group: dist.ProcessGroup) -
         True,
         frozenset(),
         (),
-        Anchor(vars(flat), "_local_shard", base.data_ptr()),
+        # Before its first forward FSDP1 has the shard in the flat parameter itself.
+        Anchor(vars(flat), "_local_shard", base.data_ptr(), before=flat),
     )
 
 

@@ -798,3 +798,37 @@ def test_the_seed_of_other_generators_is_not_ours() -> None:
     with averager.applied("ema"):
         pass
     assert random.getstate() == state
+
+
+def test_another_averager_of_the_same_model_keeps_out() -> None:
+    model, averager = trained("plain", Awkward)
+    other = distavg.Averager(model.get_submodule("down"), distavg.EMA(0.5))
+    with averager.applied("ema"):
+        for call in (other.step, other.full_state_dict, other.applied().__enter__):
+            assert "are the average 'ema' of another Averager" in error_of(call)
+    other.step()
+    with other.applied():
+        assert "are the average 'ema' of another Averager" in error_of(averager.step)
+    averager.step()
+
+
+class Caching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.cache: Tensor | None
+        self.register_buffer("cache", None)
+
+    def forward(self) -> Tensor:
+        self.cache = self.weight.detach() * 2
+        return self.cache
+
+
+def test_a_buffer_that_was_empty_is_empty_again() -> None:
+    model = Caching()
+    averager = distavg.Averager(model, distavg.EMA(0.5))
+    averager.step()
+    with averager.applied():
+        model()
+    assert model.cache is None
+    averager.step()

@@ -22,6 +22,7 @@ from models import (
     Uneven,
     backward,
     build,
+    flat_parameters,
     in_fsdp1,
     mesh_of,
     set_weights,
@@ -313,6 +314,42 @@ def test_fsdp1_offloaded_to_the_host() -> None:
     assert run_ranks(offloaded_fsdp1, 2) == [[], []]
 
 
+def inside_summon(flat: bool) -> tuple[list[str], list[str]]:
+    """What calls raise inside `summon_full_params`, and what they change."""
+    model = build("fsdp1-flat" if flat else "fsdp1", Uneven)
+    averager = Averager(model, RULES)
+    outputs(model)
+    averager.step()
+    before = whole_weights(model)
+    with FullyShardedDataParallel.summon_full_params(model):
+        texts = [error_of(averager.full_state_dict, "ema"), error_of(averager.copy_to, None, "ema")]
+        texts.append(error_of(averager.applied("ema").__enter__))
+    return texts, differences(whole_weights(model), before)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_fsdp1_inside_summon_full_params_is_refused(flat: bool) -> None:
+    for texts, changed in run_ranks(inside_summon, 2, flat):
+        assert changed == []
+        for text in texts:
+            assert text.startswith("StateError: inside FullyShardedDataParallel.summon_full_params")
+
+
+def moved_before_the_first_forward() -> list[str]:
+    model = build("fsdp1", Uneven)
+    averager = Averager(model, RULES)
+    model.double()
+    for parameter in flat_parameters(model).values():
+        with torch.no_grad():
+            parameter.fill_(3.0)
+    averager.step()
+    return [s.fqn for s in averager["ema"].shards() if not bool((s.tensor == 3.0).all())]
+
+
+def test_fsdp1_that_moves_before_its_first_forward_is_followed() -> None:
+    assert run_ranks(moved_before_the_first_forward, 2) == [[], []]
+
+
 # ---------------------------------------------------------------- placements
 
 
@@ -381,7 +418,7 @@ def private_ways() -> list[str]:
         (groups[0].fsdp_params[0], "sharded_param _module_info _unsharded_param"),
         (groups[0].fsdp_params[0]._module_info, "module param_name"),
         (groups[0].fsdp_params[0].sharded_param, "_local_tensor"),
-        (handle, "flat_param uses_sharded_strategy reshard _prefetched"),
+        (handle, "flat_param uses_sharded_strategy reshard _prefetched _training_state"),
         (
             handle.flat_param,
             "_local_shard _full_param_padded _param_infos _shared_param_infos _shard_param_infos "
