@@ -41,15 +41,15 @@ LAYOUTS = ("plain", "ddp", "fsdp2", "fsdp2-keep")
 FURTHER_SIZES = {
     "fsdp2-half": (4,),
     "hsdp": (4,),
-    "fsdp1": (1, 2, 3, 4),
+    "fsdp1": (2, 3, 4),
     "fsdp1-flat": (2, 3),
-    "fsdp1-grad-op": (2, 3),
+    "fsdp1-grad-op": (2,),
     "fsdp1-grad-op-flat": (2,),
-    "fsdp1-no-shard": (2, 3),
+    "fsdp1-no-shard": (2,),
     "fsdp1-no-shard-flat": (2,),
     "fsdp1-hybrid": (4,),
     "fsdp1-hybrid-flat": (4,),
-    "tp": (1, 2, 3),
+    "tp": (2, 3),
     "tp-fsdp2": (4,),
 }
 

@@ -11,7 +11,6 @@ import warnings
 from pathlib import Path
 from unittest import mock
 
-import pytest
 import torch.distributed as dist
 from ranks import run_ranks
 
@@ -71,17 +70,16 @@ def test_a_run_resumes_on_other_world_sizes_and_layouts(tmp_path: Path) -> None:
     saved = run(2, "train_gpt.py", "--save=gpt", *TINY, cwd=tmp_path)
     assert len(checksums(saved)) == 2
     resume = f"--resume={tmp_path / 'gpt'}"
-    for size, layout in [(3, "ddp"), (2, "fsdp1"), (2, "hsdp"), (2, "tp"), (4, "tp-fsdp2")]:
+    for size, layout in [(3, "ddp"), (2, "fsdp1"), (2, "hsdp"), (2, "tp"), (2, "tp-fsdp2")]:
         printed = run_ranks(in_process, size, resume, f"--parallel={layout}", *TINY)
         assert checksums(printed[0]) == checksums(saved), layout
     more = run(1, "train_gpt.py", "--resume=gpt", "--steps=8", "--save=more", cwd=tmp_path)
     assert len({*checksums(saved), *checksums(more)}) == 4  # it went on
 
 
-@pytest.mark.parametrize("layout", ["fsdp1", "tp-fsdp2"])
-def test_a_layout_saves_what_another_resumes(layout: str, tmp_path: Path) -> None:
+def test_fsdp1_saves_what_fsdp2_resumes(tmp_path: Path) -> None:
     path = tmp_path / "gpt"
-    saved = run_ranks(in_process, 2, f"--save={path}", f"--parallel={layout}", *TINY)
+    saved = run_ranks(in_process, 2, f"--save={path}", "--parallel=fsdp1", *TINY)
     again = run_ranks(in_process, 3, f"--resume={path}", *TINY)
     assert checksums(again[0]) == checksums(saved[0]) != []
 

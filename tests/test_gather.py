@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from checks import (
     CASES,
-    FEW,
     ONCE,
     SIZES,
     communications,
@@ -45,7 +44,7 @@ def whole_tensors(layout: str, all_ranks: bool) -> tuple[dict[str, Tensor], list
 
 @pytest.mark.parametrize(
     ("layout", "world_size", "all_ranks"),
-    [*((*case, False) for case in CASES), *((*case, True) for case in FEW)],
+    [*((*case, False) for case in CASES), ("ddp", 3, True), ("fsdp2", 3, True)],
 )
 def test_whole_tensors_are_those_of_a_plain_average(
     layout: str, world_size: int, all_ranks: bool
