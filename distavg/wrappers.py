@@ -27,6 +27,7 @@ moves them):
 * DTensor: `_local_tensor`, which `to_local()` returns after 1 µs of checks.
 """
 
+import operator
 from collections.abc import Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -152,23 +153,22 @@ class Watch:
 
     def __init__(self, anchors: Iterable[Anchor]) -> None:
         known = {(id(anchor.table), anchor.key): anchor for anchor in anchors}.values()
-        lazy: list[Anchor] = []
-        plain: list[Anchor] = []
-        sharded: list[Anchor] = []
-        for anchor in known:
-            is_lazy = anchor.before is not None
-            (lazy if is_lazy else sharded if anchor.is_sharded else plain).append(anchor)
-        self._lazy = lazy
-        self._plain = [(anchor.table, anchor.key) for anchor in plain]
-        self._sharded = [(anchor.table, anchor.key) for anchor in sharded]
+        self._lazy = [anchor for anchor in known if anchor.before is not None]
+        rest = [anchor for anchor in known if anchor.before is None]
+        plain = [anchor for anchor in rest if not anchor.is_sharded]
+        sharded = [anchor for anchor in rest if anchor.is_sharded]
+        self._plain = [a.table for a in plain], [a.key for a in plain]
+        self._sharded = [a.table for a in sharded], [a.key for a in sharded]
         self._addresses = [anchor.address for anchor in plain + sharded]
 
     @property
     def is_current(self) -> bool:
         """Whether all storage is where it was."""
         try:
-            tensors = [table[key] for table, key in self._plain]
-            tensors += [table[key]._local_tensor for table, key in self._sharded]
+            # All of it in C: a loop in Python takes twice as long.
+            tensors = [*map(operator.getitem, *self._plain)]
+            if self._sharded[0]:
+                tensors += map(_LOCAL_TENSOR, map(operator.getitem, *self._sharded))
             if list(map(_DATA_PTR, tensors)) != self._addresses:
                 return False
         except (KeyError, AttributeError, TypeError):  # not there, or something else is
@@ -180,6 +180,7 @@ class Watch:
         return True
 
 
+_LOCAL_TENSOR = operator.attrgetter("_local_tensor")
 _DATA_PTR = Tensor.data_ptr
 
 

@@ -151,8 +151,9 @@ def layouts_of(world_size: int) -> list[str]:
 @pytest.mark.parametrize(
     ("layout", "target", "world_size"),
     [
-        *((layout, target, 3) for layout in layouts_of(3) for target in ("plain", "ddp", "fsdp2")),
-        *((layout, target, 3) for layout in ("ddp", "fsdp2") for target in layouts_of(3)),
+        *((layout, "fsdp2", 3) for layout in layouts_of(3)),
+        *(("ddp", target, 3) for target in layouts_of(3)),
+        *((layout, "plain", 3) for layout in ("ddp", "fsdp2", "fsdp1")),
         *((layout, layout, size) for layout, size in ONCE),
         ("hsdp", "fsdp1-hybrid", 4),
         ("tp-fsdp2", "hsdp", 4),

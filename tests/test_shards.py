@@ -29,32 +29,32 @@ LARGEST_CUT = dict.fromkeys((Awkward, Uneven), 7)
 Boxes = list[tuple[str, tuple[slice, ...]]]
 
 
-def owned_boxes(layout: str, after_forward: bool) -> tuple[Boxes, list[str]]:
-    """What this rank owns, and the shards that do not read as that part of the weights."""
+def owned_boxes(layout: str) -> tuple[Boxes, list[str], bool]:
+    """What this rank owns, what of it reads otherwise, and if it owns that after a forward too."""
     cls = model_class(layout)
     model = build(layout, cls)
     weights = weights_at(model, 7)
     set_weights(model, weights)
-    if after_forward:
+    replicas = dist.group.WORLD if layout in ("plain", "tp") else None
+    found: list[Boxes] = []
+    wrong: list[str] = []
+    for _ in range(2):
+        owned = ModelShards(model, Comm(), replicas=replicas).owned
+        found.append([(shard.fqn, shard.box.slices()) for shard in owned])
+        wrong += [s.fqn for s in owned if not same(s.tensor, weights[s.fqn][s.box.slices()])]
         with torch.no_grad():
             model(torch.tensor([1, 2]))  # an FSDP2 root has unsharded parameters now
-    replicas = dist.group.WORLD if layout in ("plain", "tp") else None
-    shards = ModelShards(model, Comm(), replicas=replicas)
-    wrong = [s.fqn for s in shards.owned if not same(s.tensor, weights[s.fqn][s.box.slices()])]
-    return [(shard.fqn, shard.box.slices()) for shard in shards.owned], wrong
+    return found[0], wrong, found[0] == found[1]
 
 
-@pytest.mark.parametrize("after_forward", [False, True])
 @pytest.mark.parametrize(("layout", "world_size"), CASES)
-def test_each_trainable_element_is_on_exactly_one_rank(
-    layout: str, world_size: int, after_forward: bool
-) -> None:
+def test_each_trainable_element_is_on_exactly_one_rank(layout: str, world_size: int) -> None:
     cls = model_class(layout)
-    found = run_ranks(owned_boxes, world_size, layout, after_forward)
     plain = weights_at(build("plain", cls), 0)
     counts = {name: torch.zeros(weight.shape, dtype=torch.int64) for name, weight in plain.items()}
-    for boxes, wrong in found:
+    for boxes, wrong, is_the_same_after_a_forward in run_ranks(owned_boxes, world_size, layout):
         assert wrong == []
+        assert is_the_same_after_a_forward
         for fqn, box in boxes:
             counts[fqn][box] += 1
     assert {n: c.unique().tolist() for n, c in counts.items()} == {name: [1] for name in counts}
@@ -63,9 +63,7 @@ def test_each_trainable_element_is_on_exactly_one_rank(
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_replicas_divide_evenly(world_size: int) -> None:
     total = sum(TRAINABLE[Awkward].values())
-    held = [
-        sum(owned_elements(boxes)) for boxes, _ in run_ranks(owned_boxes, world_size, "ddp", False)
-    ]
+    held = [sum(owned_elements(boxes)) for boxes, *_ in run_ranks(owned_boxes, world_size, "ddp")]
     assert sum(held) == total
     assert max(held) <= total / world_size + LARGEST_CUT[Awkward]
 

@@ -1,9 +1,10 @@
-"""Side-by-side timing: every contestant once a round, in turn, so that all see the same machine."""
+"""Side-by-side timing: every contestant once a round, so that all see the same machine."""
 
 import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -19,15 +20,18 @@ from distavg import __version__
 def rounds(contestants: Mapping[str, Callable[[], object]], count: int) -> dict[str, list[float]]:
     """Seconds of every contestant in each of `count` rounds, after two that do not count.
 
+    The order is drawn anew each round: what ran before leaves its data in the caches.
     Under torchrun every measurement begins together and lasts until the slowest rank is done.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    order, draw = list(contestants), random.Random(0)
     for number in range(count + 2):
-        for name, run in contestants.items():
+        draw.shuffle(order)
+        for name in order:
             if dist.is_initialized():
                 dist.barrier()
             begin = time.perf_counter()
-            run()
+            contestants[name]()
             spent = torch.tensor(time.perf_counter() - begin, dtype=torch.float64)
             if dist.is_initialized():
                 dist.all_reduce(spent, dist.ReduceOp.MAX)
