@@ -12,8 +12,8 @@ from distavg.errors import ConfigError
 from distavg.foreach import Lerp
 from distavg.rules import Rule
 from distavg.schedule import Schedule
-from distavg.shards import ModelShards
-from distavg.wrappers import Shard
+from distavg.shards import GlobalTensor, ModelShards
+from distavg.tensors import LiveTensor, Shard
 
 __all__ = ["Average"]
 
@@ -94,12 +94,10 @@ class Average:
 
     def learn_dtypes(self, model_shards: ModelShards) -> None:
         """Settle the dtype of each tensor that is held, and keep it from then on."""
-        known = [(t.fqn, t.dtype, t.is_held) for t in model_shards.catalogue]
-        for fqn, dtype, is_held in known + [
-            (t.fqn, t.dtype, t.is_held) for t in model_shards.tensors
-        ]:
-            if is_held:
-                self.dtypes.setdefault(fqn, _average_dtype(dtype, self._dtype))
+        tensors: list[GlobalTensor | LiveTensor] = [*model_shards.catalogue, *model_shards.tensors]
+        for tensor in tensors:
+            if tensor.is_held:
+                self.dtypes.setdefault(tensor.fqn, _average_dtype(tensor.dtype, self._dtype))
 
     @property
     def name(self) -> str:

@@ -5,7 +5,7 @@ import os
 import re
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -233,12 +233,9 @@ class Averager:
 
     @contextmanager
     def _applied(self, average: Average) -> Iterator[None]:
-        self._check_restored()
-        with self._comm.together(f"applied({average.name!r})"):
-            self._check_idle("applied()")
-            self._follow()
-        self._compare_tensors()
-        self._check_alike(average.num_updates, f"applied({average.name!r})")
+        doing = f"applied({average.name!r})"
+        self._meet(doing, lambda: self._check_idle("applied()"))
+        self._check_alike(average.num_updates, doing)
         if average.num_updates == 0 and not average.was_read_early:
             average.was_read_early = True
             if self._comm.rank == 0:
@@ -266,12 +263,8 @@ class Averager:
         """
         average = self._named(name)
         if module is None:
-            self._check_restored()
             if self._shards.is_divided:
-                with self._comm.together("copy_to()"):
-                    self._check_idle("copy_to()")
-                    self._follow()
-                self._compare_tensors()
+                self._meet("copy_to()", lambda: self._check_idle("copy_to()"))
                 self._check_alike(average.num_updates, "copy_to()")
                 self._shards.check_replicas("copy_to()")
             else:
@@ -315,11 +308,7 @@ class Averager:
     def _iter_full_tensors(
         self, average: Average, *, all_ranks: bool
     ) -> Iterator[tuple[str, Tensor | None]]:
-        self._check_restored()
-        with self._comm.together(f"gathering the average {average.name!r}"):
-            self._check_usable()
-            self._follow()
-        self._shards.catalogue_everywhere()
+        self._meet(f"gathering the average {average.name!r}", self._check_usable)
         yield from iter_whole_tensors(
             average.shards(), self._shards, self._comm, all_ranks=all_ranks
         )
@@ -366,12 +355,8 @@ class Averager:
             ReplicaMismatch: Averages that ranks hold whole differ.
             StateError: `also` inside `applied()`: it would take the average for the model.
         """
-        self._check_restored()
         doing = f"saving to {path}"
-        with self._comm.together(doing):
-            self._check_save(block=block, keep=keep, also=also)
-            self._follow()
-        self._compare_tensors()
+        self._meet(doing, lambda: self._check_save(block=block, keep=keep, also=also))
         counters = [average.num_updates for average in self._averages.values()]
         self._check_alike((self._position.steps, *counters), doing)
         if self._shards.is_divided and not self._applied_name():
@@ -427,13 +412,7 @@ class Averager:
         """
         averages = list(self._averages.values())
         doing = f"loading {path}"
-        with self._comm.together(doing):
-            if inside := self._applied_name():
-                raise StateError(f"load() inside applied({inside!r}): load after the context")
-            if path is None:
-                raise ConfigError("load: path is None: latest() found no checkpoint")
-            self._follow()
-        self._compare_tensors()
+        self._meet(doing, lambda: self._check_load(path))
         with self._comm.together(doing):
             plan = plan_load(
                 Path(str(path)),
@@ -528,6 +507,12 @@ class Averager:
                 "weights: save after the context"
             )
 
+    def _check_load(self, path: object) -> None:
+        if inside := self._applied_name():
+            raise StateError(f"load() inside applied({inside!r}): load after the context")
+        if path is None:
+            raise ConfigError("load: path is None: latest() found no checkpoint")
+
     def _named(self, name: str | None) -> Average:
         if name is None and len(self._averages) == 1:
             return next(iter(self._averages.values()))
@@ -582,16 +567,16 @@ class Averager:
         ):
             self._follow()
 
-    def _compare_tensors(self) -> None:
-        """Bring what is known of other ranks' tensors up to date. Collective."""
+    def _meet(self, doing: str, check: Callable[[], object]) -> None:
+        """What a collective method begins with: every rank checks and follows. Collective."""
+        if self._shards.lost:  # with a rank that was lost there can be no collective
+            raise StateError(self._shards.lost)
+        with self._comm.together(doing):
+            check()
+            self._follow()
         self._shards.catalogue_everywhere()
         for average in self._averages.values():
             average.learn_dtypes(self._shards)
-
-    def _check_restored(self) -> None:
-        """Before the first collective of a call: after a rank was lost there can be none."""
-        if self._shards.lost:
-            raise StateError(self._shards.lost)
 
     def _check_alike(self, value: object, doing: str) -> None:
         """Find ranks that have come apart in counters. Collective: one all-gather."""

@@ -1,33 +1,31 @@
 """Collectives that degrade to one process, and errors that every rank raises together.
 
-An averager coordinates over a gloo group of its own (`Comm`), so that its small messages never
+Averagers coordinate over gloo groups of their own (`Comm`), so that its small messages never
 meet a training collective and work without a GPU. Every collective is bounded by the group's
 timeout: a rank that does not come ends as a `RankError` on the others, never as a hang.
 """
 
 import atexit
 import functools
-import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from distavg.errors import DistavgError, RankError
-from distavg.foreach import as_bytes, chunks
+from distavg.foreach import as_bytes
 
-__all__ = ["Comm", "ReplicaGroup"]
+__all__ = ["MESSAGE_BYTES", "Comm", "lost_rank"]
 
 T = TypeVar("T")
 
 # Host tensors travel in messages of at most this size: large enough for full speed.
-_MESSAGE_BYTES = 8 * 2**20
+MESSAGE_BYTES = 8 * 2**20
 
 
 class Comm:
@@ -41,19 +39,20 @@ class Comm:
         size: The number of ranks.
         ranks: Their global ranks.
         group: The gloo group; None without a process group.
+        timeout: How long its collectives wait for a rank; None for PyTorch's default.
     """
 
     def __init__(
         self, process_group: dist.ProcessGroup | None = None, timeout: timedelta | None = None
     ) -> None:
         self.group: dist.ProcessGroup | None = None
-        self._timeout = timeout
+        self.timeout = timeout
         self._announced: object = None
         self.ranks: tuple[int, ...] = (0,)
         self.rank, self.size = 0, 1
         if dist.is_available() and dist.is_initialized():
             self.ranks = tuple(dist.get_process_group_ranks(process_group or dist.group.WORLD))
-            with _lost_rank("making a group of the ranks"):
+            with lost_rank("making a group of the ranks"):
                 self.group = _GROUPS.get(self.ranks, timeout)
             _let_gloo_finish_at_exit()
             self.rank, self.size = dist.get_rank(self.group), len(self.ranks)
@@ -71,7 +70,7 @@ class Comm:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        with _lost_rank(doing):
+        with lost_rank(doing):
             dist.all_gather_object(values, value, group=self.group)
         return values
 
@@ -80,7 +79,7 @@ class Comm:
         if self.size == 1:
             return [value]
         values: list[Any] | None = [None] * self.size if self.rank == 0 else None
-        with _lost_rank(doing):
+        with lost_rank(doing):
             dist.gather_object(value, values, group=self.group, group_dst=0)
         return values
 
@@ -89,41 +88,27 @@ class Comm:
         if self.size == 1:
             return value
         box = [value]
-        with _lost_rank(doing):
+        with lost_rank(doing):
             dist.broadcast_object_list(box, group=self.group, group_src=0)
         return box[0]
 
     def broadcast_tensor(self, tensor: Tensor, doing: str) -> None:
         """Overwrite a contiguous host tensor by rank 0's. Collective; `tensor.nbytes` bytes."""
         for part in self._messages(tensor):
-            with _lost_rank(doing):
+            with lost_rank(doing):
                 dist.broadcast(part, group=self.group, group_src=0)
 
     def send(self, tensor: Tensor, rank: int, doing: str) -> None:
         """Send a contiguous host tensor to a rank, which must `receive` it."""
         for part in self._messages(tensor):
-            with _lost_rank(doing):
+            with lost_rank(doing):
                 dist.send(part, group=self.group, group_dst=rank)
 
     def receive(self, tensor: Tensor, rank: int, doing: str) -> None:
         """Receive into a contiguous host tensor what a rank `send`s."""
         for part in self._messages(tensor):
-            with _lost_rank(doing):
+            with lost_rank(doing):
                 dist.recv(part, group=self.group, group_src=rank)
-
-    def replica_group(
-        self, ranks: tuple[int, ...], device_type: str, known: dist.ProcessGroup | None
-    ) -> "ReplicaGroup":
-        """The ranks that hold replicas on a kind of device. Not collective.
-
-        Host tensors travel over this object's gloo group, others over the `known` group of these
-        ranks; where there is none, by way of host memory.
-        """
-        if self.group is None:
-            raise ValueError("without a process group there are no replicas")
-        direct = known if device_type != "cpu" else None
-        here = self.ranks[self.rank]
-        return ReplicaGroup(self.group, direct, ranks, ranks.index(here), self._timeout)
 
     def announce(self, code: int, doing: str) -> dict[int, int]:
         """Tell every rank how a phase ended here: 0 for well. Collective.
@@ -138,7 +123,7 @@ class Comm:
             return {}
         mine = torch.tensor([code], device="cpu")
         codes = [torch.zeros_like(mine) for _ in range(self.size)]
-        with _lost_rank(doing):
+        with lost_rank(doing):
             work = dist.all_gather(codes, mine, group=self.group, async_op=True)
             if code:
                 self._announced = (work, mine, codes)  # the tensors must outlive the message
@@ -184,7 +169,7 @@ class Comm:
 
     @staticmethod
     def _messages(tensor: Tensor) -> Sequence[Tensor]:
-        return torch.split(as_bytes(tensor), _MESSAGE_BYTES) if tensor.numel() else ()
+        return torch.split(as_bytes(tensor), MESSAGE_BYTES) if tensor.numel() else ()
 
 
 @functools.cache
@@ -199,7 +184,8 @@ def _let_gloo_finish_at_exit() -> None:
 
 
 @contextmanager
-def _lost_rank(doing: str) -> Iterator[None]:
+def lost_rank(doing: str) -> Iterator[None]:
+    """Raise RankError where a collective in the body fails."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -238,148 +224,6 @@ class _Groups:
 
 
 _GROUPS = _Groups()
-
-
-@dataclass(frozen=True)
-class ReplicaGroup:
-    """The ranks that hold replicas of tensors on one kind of device.
-
-    Attributes:
-        host: A gloo group that they belong to.
-        direct: The group that moves the tensors where they lie, such as NCCL's; None for `host`.
-        ranks: Their global ranks.
-        rank: This process's place among them.
-        timeout: How long a broadcast waits for a rank; None for the group's own timeout.
-    """
-
-    host: dist.ProcessGroup
-    direct: dist.ProcessGroup | None
-    ranks: tuple[int, ...]
-    rank: int
-    timeout: timedelta | None
-
-    @property
-    def size(self) -> int:
-        """The number of replicas."""
-        return len(self.ranks)
-
-    @torch.no_grad()
-    def share(self, pieces: Sequence[Sequence[Tensor]], doing: str) -> None:
-        """Overwrite every rank's tensors by their owner's. Collective over the ranks.
-
-        Each rank receives the bytes that it does not own, once. On hosts all owners send at the
-        same time, to every other rank, in rounds of one message each; otherwise one broadcast
-        follows another. Parts of large contiguous tensors travel in place, small and strided
-        ones gathered in messages.
-
-        Args:
-            pieces: For each rank, the tensors that it owns; the same shapes on every rank.
-            doing: What for, in an error's words.
-        """
-        if self.direct is not None:
-            for owner, tensors in enumerate(pieces):
-                for message in _messages(tensors, _MESSAGE_BYTES):
-                    self._broadcast(message, owner, doing)
-            return
-        limit = max(_MESSAGE_BYTES * 2 // self.size, 2**16)
-        rounds = itertools.zip_longest(*(_messages(tensors, limit) for tensors in pieces))
-        for messages in rounds:
-            self._exchange(messages, doing)
-
-    def _exchange(self, messages: Sequence["_Message | None"], doing: str) -> None:
-        """One round: each owner's message, if it has one left, to all others."""
-        received: list[tuple[_Message, Tensor]] = []
-        works: list[tuple[dist.Work, Tensor]] = []
-        with _lost_rank(doing):
-            for owner, message in enumerate(messages):
-                if message is None:
-                    continue
-                if owner != self.rank:
-                    flat = message.buffer()
-                    received.append((message, flat))
-                    work = dist.irecv(flat, self.ranks[owner], group=self.host)
-                    works.append((cast(dist.Work, work), flat))
-                    continue
-                flat = message.packed()
-                for other in self.ranks:
-                    if other != self.ranks[owner]:
-                        work = dist.isend(flat, other, group=self.host)
-                        works.append((cast(dist.Work, work), flat))
-            try:
-                for work, _ in works:
-                    work.wait()
-            except BaseException:
-                _ABANDONED.append(works)  # the tensors must outlive the messages
-                raise
-        for message, flat in received:
-            message.unpack(flat)
-
-    def _broadcast(self, message: "_Message", owner: int, doing: str) -> None:
-        flat = message.packed(on_host=False)
-        with _lost_rank(doing):
-            work = dist.broadcast(flat, group=self.direct, group_src=owner, async_op=True)
-            work.wait(self.timeout) if self.timeout is not None else work.wait()
-        if self.rank != owner:
-            message.unpack(flat)
-
-
-_ABANDONED: list[object] = []
-
-
-@dataclass(frozen=True, slots=True)
-class _Message:
-    """Tensors of one device and dtype that travel together."""
-
-    tensors: Sequence[Tensor]
-
-    @property
-    def _in_place(self) -> Tensor | None:
-        """The tensor's own memory, if there is one tensor and it is contiguous."""
-        alone = self.tensors[0] if len(self.tensors) == 1 else None
-        return alone.view(-1) if alone is not None and alone.is_contiguous() else None
-
-    def packed(self, *, on_host: bool = True) -> Tensor:
-        """The values, in a row."""
-        flat = self._in_place
-        if flat is None:
-            flat = torch.cat([tensor.reshape(-1) for tensor in self.tensors])
-        return flat.cpu() if on_host else flat
-
-    def buffer(self) -> Tensor:
-        """Host memory to receive the values in."""
-        flat, first = self._in_place, self.tensors[0]
-        if flat is not None and flat.device.type == "cpu":
-            return flat
-        return torch.empty(
-            sum(tensor.numel() for tensor in self.tensors), dtype=first.dtype, device="cpu"
-        )
-
-    def unpack(self, flat: Tensor) -> None:
-        """Write received values to the tensors, unless they are there."""
-        if self._in_place is not None and flat.data_ptr() == self.tensors[0].data_ptr():
-            return
-        parts = torch.split(flat, [tensor.numel() for tensor in self.tensors])
-        for tensor, part in zip(self.tensors, parts, strict=True):
-            tensor.copy_(part.view(tensor.shape))
-
-
-def _messages(tensors: Sequence[Tensor], limit: int) -> Iterator[_Message]:
-    """Tensors in messages of at most `limit` bytes, the same for the same shapes."""
-    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for tensor in tensors:
-        for (part,) in chunks((tensor,), max(limit // tensor.itemsize, 1)):
-            if part.nbytes * 2 > limit and part.is_contiguous():
-                yield _Message([part])
-            elif part.numel():
-                alike.setdefault((part.device, part.dtype), []).append(part)
-    for parts in alike.values():
-        bucket: list[Tensor] = []
-        for part in parts:
-            if bucket and sum(t.nbytes for t in bucket) + part.nbytes > limit:
-                yield _Message(bucket)
-                bucket = []
-            bucket.append(part)
-        yield _Message(bucket)
 
 
 def _exported_type(error: Exception) -> Callable[[str], DistavgError]:

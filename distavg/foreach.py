@@ -65,9 +65,9 @@ class Lerp:
 
 
 class Exchange:
-    """The values of pairs of tensors, exchanged in place through one bounded buffer.
+    """The values of pairs of tensors, exchanged in place and back through one bounded buffer.
 
-    It can be interrupted at any instant (Ctrl-C) and taken up again: each of a batch's three
+    Both ways can be interrupted at any instant (Ctrl-C) and taken up again: each of a batch's three
     copies may be repeated, because none writes its own source, and counts only when it is done.
 
     Args:
@@ -92,12 +92,19 @@ class Exchange:
             for tensors, tensor in zip(self._batches[-1], (saved, a, b), strict=True):
                 tensors.append(tensor)
 
+    def go(self) -> None:
+        """Do what is left of the way there."""
+        self._run(1)
+
+    def come_back(self) -> None:
+        """Do what is left of the way there and back."""
+        self._run(2)
+
     @torch.no_grad()
-    def run(self) -> None:
-        """Do what is left to do."""
-        while self._num_copies < 3 * len(self._batches):
-            index, phase = divmod(self._num_copies, 3)
-            saved, a, b = self._batches[index]
+    def _run(self, times: int) -> None:
+        while self._num_copies < 3 * len(self._batches) * times:
+            number, phase = divmod(self._num_copies, 3)
+            saved, a, b = self._batches[number % len(self._batches)]
             target, source = ((saved, a), (a, b), (b, saved))[phase]
             torch._foreach_copy_(target, source)
             self._num_copies += 1

@@ -14,7 +14,7 @@ from distavg.errors import ModelMismatch
 from distavg.foreach import chunks
 from distavg.layout import Box
 from distavg.shards import ModelShards
-from distavg.wrappers import LiveTensor, Shard
+from distavg.tensors import LiveTensor, Shard
 
 __all__ = ["copy_into", "iter_whole_tensors", "squared_distance"]
 

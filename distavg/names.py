@@ -110,7 +110,10 @@ def named_tensors(
         known = aliases.setdefault(each.identity, [])
         if each.fqn != first.fqn and each.fqn not in known:
             known.append(each.fqn)
-    return [replace(each, aliases=tuple(aliases[key])) for key, each in firsts.items()]
+    return [
+        replace(each, aliases=tuple(aliases[key])) if aliases[key] else each
+        for key, each in firsts.items()
+    ]
 
 
 def _walk(model: nn.Module, prefix: str, elsewhere: Elsewhere) -> Iterator[NamedTensor]:

@@ -19,12 +19,14 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor, nn
 
-from distavg.comm import Comm, ReplicaGroup
+from distavg.comm import Comm
 from distavg.errors import ConfigError, ModelMismatch, ReplicaMismatch, UnsupportedError
 from distavg.foreach import checksum
 from distavg.layout import divide
 from distavg.names import NamedTensor
-from distavg.wrappers import LiveTensor, Model, Shard, Watch, Wrapped, ranks_of
+from distavg.replicas import ReplicaGroup
+from distavg.tensors import LiveTensor, Shard, Watch
+from distavg.wrappers import Model, Wrapped, ranks_of
 
 __all__ = ["GlobalTensor", "ModelShards", "check_equal"]
 
@@ -73,6 +75,7 @@ class ModelShards:
             pieces, by rank within the group.
         has_stages: Whether ranks have different tensors.
         is_divided: Whether any ranks divide replicas, be it others than this one.
+        rank: This process's global rank.
         lost: Why the live weights are not what training left; None as long as they are.
 
     Args:
@@ -97,47 +100,26 @@ class ModelShards:
         hold_buffers: bool = False,
     ) -> None:
         self.model = model
-        self.rank = comm.rank
         self.lost: str | None = None
         self._comm = comm
-        self._rank = comm.ranks[comm.rank]
+        self.rank = comm.ranks[comm.rank]
         self._replicas = replicas if comm.is_parallel else None
         with comm.together("building an Averager"):
             self._wrapped = Wrapped(model)
             self._wrapped.reshard()
             named = self._wrapped.named_tensors()
-            patterns = _patterns(include, exclude)
-            admitted = {
-                each.fqn
-                for each in named
-                if (include is None or _matches(each, include))
-                and not _matches(each, exclude or ())
-            }
-            self._frozen = {
-                each.fqn
-                for each in named
-                if each.fqn in admitted and not (each.is_buffer or _is_trainable(each.tensor))
-            }
-            held = {
-                each.fqn
-                for each in named
-                if each.fqn in admitted - self._frozen and (hold_buffers or not each.is_buffer)
-            }
-            located = [self._wrapped.locate(each, comm.ranks, self._replicas) for each in named]
-            for tensor in located:
-                if tensor.fqn in held:
-                    _check_dtype(tensor)
-        unmatched = {p for p in patterns if not any(_matches(each, [p]) for each in named)}
-        holders = self._find_holders(located, unmatched, shard_replicas=shard_replicas)
-        self.tensors = [
-            replace(
-                tensor,
-                is_held=tensor.fqn in held,
-                holders=holders[tensor.fqn],
-                is_copied=not (tensor.is_alike and shard_replicas),
-            )
-            for tensor in located
-        ]
+            admitted, unmatched = _admitted(named, include, exclude)
+            parameters = [n for n in named if n.fqn in admitted and not n.is_buffer]
+            self._frozen = {n.fqn for n in parameters if not _is_trainable(n.tensor)}
+            held = {n.fqn for n in parameters} - self._frozen
+            if hold_buffers:
+                held |= {n.fqn for n in named if n.fqn in admitted and n.is_buffer}
+            self.tensors = [self._wrapped.locate(n, comm.ranks, self._replicas) for n in named]
+            for tensor in self.tensors:
+                tensor.is_held = tensor.fqn in held
+                tensor.is_copied = not (tensor.is_alike and shard_replicas)
+                _check_dtype(tensor)
+        self._find_holders(unmatched)
         with comm.together("building an Averager"):
             for tensor in self.tensors:
                 _check_holders(tensor)
@@ -183,10 +165,8 @@ class ModelShards:
         """Make autograd refuse graphs across a write; see `Wrapped.break_graphs`."""
         self._wrapped.break_graphs()
 
-    def _find_holders(
-        self, located: Sequence[LiveTensor], unmatched: set[str], *, shard_replicas: bool
-    ) -> dict[str, tuple[int, ...]]:
-        """For each tensor the ranks that have the same boxes of it. Collective.
+    def _find_holders(self, unmatched: set[str]) -> None:
+        """Learn which ranks have the same boxes of each tensor. Collective.
 
         Raises:
             ConfigError: A pattern that no rank has a match for.
@@ -195,23 +175,23 @@ class ModelShards:
             tensor.fqn: xxhash.xxh3_64_intdigest(
                 repr((tensor.fqn, tensor.global_shape, tensor.boxes)).encode()
             )
-            for tensor in located
+            for tensor in self.tensors
             if tensor.parts
         }
-        ranks: dict[int, list[int]] = {}
-        shared = [t for t in located if shard_replicas and t.is_alike and t.parts]
-        alike = [mine[tensor.fqn] for tensor in shared]
-        content = (list(mine.values()), alike, unmatched)
+        shared = [mine[t.fqn] for t in self.tensors if t.parts and not t.is_copied]
+        content = (list(mine.values()), shared, unmatched)
         gathered = self._comm.gather(content, "building an Averager")
         if nowhere := set.intersection(*(theirs for _, _, theirs in gathered)):
             raise ConfigError(
                 f"include or exclude: {min(nowhere)!r} matches no parameter or buffer"
             )
+        ranks: dict[int, list[int]] = {}
         for rank, (theirs, _, _) in zip(self._comm.ranks, gathered, strict=True):
             for digest in theirs:
                 ranks.setdefault(digest, []).append(rank)
         self.is_divided = any(len(ranks[each]) > 1 for _, some, _ in gathered for each in some)
-        return {t.fqn: tuple(ranks[mine[t.fqn]]) if t.parts else (self._rank,) for t in located}
+        for tensor in self.tensors:
+            tensor.holders = tuple(ranks[mine[tensor.fqn]]) if tensor.parts else (self.rank,)
 
     def catalogue_everywhere(self) -> None:
         """Bring `catalogue` up to date. Collective.
@@ -256,9 +236,8 @@ class ModelShards:
             if tensor.is_divided
         }
         for ranks, device_type in sorted(wanted):
-            self._groups[ranks, device_type] = self._comm.replica_group(
-                ranks, device_type, known.get(ranks)
-            )
+            group = ReplicaGroup(self._comm, ranks, device_type, known.get(ranks))
+            self._groups[ranks, device_type] = group
 
     def _own(self) -> None:
         """Find out what this rank averages. Not collective."""
@@ -279,7 +258,7 @@ class ModelShards:
                 ]
                 pieces = [
                     [whole[i].part(box.shifted(whole[i].box.offsets)) for i, box in piece]
-                    for piece in divide([part.box.sizes for part in whole], group.size)
+                    for piece in divide([part.box.sizes for part in whole], len(ranks))
                 ]
                 if whole:
                     self.pieces.append((group, pieces))
@@ -307,7 +286,7 @@ class ModelShards:
     def is_counted(self, fqn: str) -> bool:
         """Whether what this rank has of a tensor, or its average, counts: of copies one does."""
         tensor = self.by_name[fqn]
-        return self._rank == tensor.holders[0] or (tensor.is_held and not tensor.is_copied)
+        return self.rank == tensor.holders[0] or (tensor.is_held and not tensor.is_copied)
 
     @property
     def is_current(self) -> bool:
@@ -366,13 +345,11 @@ class ModelShards:
                     f"{new.boxes}; when its Averager was built it had shape {old.global_shape} and "
                     f"lay in {old.boxes}: build a new one"
                 )
-            is_held = old.is_held or old.fqn in thawed
-            if is_held:
-                _check_dtype(new)
-                has_changed |= _storage(new) != _storage(old)
-            tensors.append(
-                replace(new, is_held=is_held, holders=old.holders, is_copied=old.is_copied)
-            )
+            new.is_held = old.is_held or old.fqn in thawed
+            new.holders, new.is_copied = old.holders, old.is_copied
+            _check_dtype(new)
+            has_changed |= new.is_held and _storage(new) != _storage(old)
+            tensors.append(new)
         self.tensors = tensors
         self._frozen -= thawed
         if thawed:
@@ -434,11 +411,18 @@ def check_equal(
             )
 
 
-def _patterns(include: Sequence[str] | None, exclude: Sequence[str] | None) -> list[str]:
+def _admitted(
+    named: Sequence[NamedTensor], include: Sequence[str] | None, exclude: Sequence[str] | None
+) -> tuple[set[str], set[str]]:
+    """The names that `include` and `exclude` let through, and the patterns that match nothing."""
     for option, patterns in (("include", include), ("exclude", exclude)):
         if isinstance(patterns, str):
             raise ConfigError(f"{option}={patterns!r}: give a list of patterns, not a string")
-    return [*(include or ()), *(exclude or ())]
+    wanted = include if include is not None else ["*"]
+    unwanted = exclude or []
+    admitted = {n.fqn for n in named if _matches(n, wanted) and not _matches(n, unwanted)}
+    given = {*(include or []), *unwanted}
+    return admitted, {p for p in given if not any(_matches(each, [p]) for each in named)}
 
 
 def _is_trainable(tensor: Tensor) -> bool:
@@ -451,7 +435,7 @@ def _matches(named: NamedTensor, patterns: Sequence[str]) -> bool:
 
 
 def _check_dtype(tensor: LiveTensor) -> None:
-    if tensor.dtype not in _AVERAGED_DTYPES:
+    if tensor.is_held and tensor.dtype not in _AVERAGED_DTYPES:
         raise UnsupportedError(
             f"{tensor.fqn} is {tensor.dtype}, which cannot be averaged or saved; "
             f"leave it out with exclude=[{tensor.fqn!r}]"

@@ -23,7 +23,7 @@ from distavg.comm import Comm
 from distavg.errors import CheckpointMismatch
 from distavg.schedule import Position
 from distavg.shards import ModelShards
-from distavg.wrappers import LiveTensor, Shard
+from distavg.tensors import LiveTensor, Shard
 
 __all__ = ["load_state", "state"]
 

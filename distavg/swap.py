@@ -20,7 +20,7 @@ from distavg.comm import Comm
 from distavg.errors import DistavgError, RankError, StateError
 from distavg.foreach import Exchange
 from distavg.shards import ModelShards
-from distavg.wrappers import LiveTensor
+from distavg.tensors import LiveTensor
 
 __all__ = ["applied", "make_permanent"]
 
@@ -210,7 +210,7 @@ class _Swap:
         if kept:
             self._begin(_Kept(kept))
         for pairs in exchanged.values():
-            self._begin(_Swapped(pairs))
+            self._begin(Exchange(pairs))
 
     def _begin(self, move: "_Move") -> None:
         self._moves.append(move)
@@ -240,25 +240,6 @@ class _Move(Protocol):
     def go(self) -> None: ...
 
     def come_back(self) -> None: ...
-
-
-class _Swapped:
-    """The live values wait in the average's memory."""
-
-    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        self._pairs = pairs
-        self._there: Exchange | None = Exchange(pairs)
-        self._back: Exchange | None = None
-
-    def go(self) -> None:
-        if self._there is not None:
-            self._there.run()
-            self._there = None  # and its buffer
-
-    def come_back(self) -> None:
-        if self._back is None:
-            self._back = Exchange(self._pairs)
-        self._back.run()
 
 
 class _Kept:

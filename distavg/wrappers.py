@@ -27,9 +27,7 @@ moves them):
 * DTensor: `_local_tensor`, which `to_local()` returns after 1 µs of checks.
 """
 
-import operator
-from collections.abc import Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,145 +41,11 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from distavg.errors import ConfigError, StateError, UnsupportedError
 from distavg.layout import Box, nested_extent, range_boxes
 from distavg.names import Flattened, NamedTensor, named_tensors
+from distavg.tensors import Anchor, LiveTensor, Shard
 
-__all__ = ["LiveTensor", "Model", "Shard", "Watch", "Wrapped", "ranks_of"]
+__all__ = ["Model", "Wrapped", "ranks_of"]
 
 Model = nn.Module | Mapping[str, nn.Module]
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """A part of one global tensor and where it lies.
-
-    Attributes:
-        fqn: Canonical name.
-        box: The rectangle of the global tensor.
-        global_shape: Shape of the whole tensor.
-        tensor: The local view that holds the box, of shape `box.sizes`.
-    """
-
-    fqn: str
-    box: Box
-    global_shape: tuple[int, ...]
-    tensor: Tensor
-
-    def part(self, box: Box) -> "Shard":
-        """The shard at a box, in global coordinates, that lies in this one."""
-        view = self.tensor[box.relative_to(self.box).slices()]
-        return Shard(self.fqn, box, self.global_shape, view)
-
-
-@dataclass(frozen=True, slots=True)
-class LiveTensor:
-    """A parameter or buffer of the model as this rank holds it.
-
-    Attributes:
-        named: Its registration in the model.
-        parts: What this rank has of it, in detached views of the storage that lasts.
-        global_shape: Shape of the whole tensor.
-        dtype: Its dtype.
-        layout: How it is spread over the ranks: equal on all ranks if it is equal on one.
-        is_alike: Whether ranks that have the same boxes of it are known to hold the same values.
-        alike_on: Global ranks that must have the same boxes of it.
-        groups: Process groups that may move it between replicas.
-        anchor: Where to look whether the storage is still the same.
-        is_held: Whether averages hold it; frozen, excluded and live-buffer tensors are not held.
-        holders: The global ranks that have the same boxes of it; this one, if it has none.
-        is_copied: Whether each of the holders averages what it has, of which the first's counts.
-    """
-
-    named: NamedTensor
-    parts: tuple[Shard, ...]
-    global_shape: tuple[int, ...]
-    dtype: torch.dtype
-    layout: Hashable
-    is_alike: bool
-    alike_on: frozenset[int]
-    groups: tuple[dist.ProcessGroup, ...]
-    anchor: "Anchor"
-    is_held: bool = False
-    holders: tuple[int, ...] = ()
-    is_copied: bool = False
-
-    @property
-    def fqn(self) -> str:
-        """Canonical name."""
-        return self.named.fqn
-
-    @property
-    def boxes(self) -> list[Box]:
-        """Where the parts are in the global tensor."""
-        return [part.box for part in self.parts]
-
-    @property
-    def is_divided(self) -> bool:
-        """Whether the holders divide it, so that none of them averages all that it has."""
-        return len(self.holders) > 1 and not self.is_copied
-
-    @property
-    def versioned(self) -> list[Tensor]:
-        """The tensors whose version counters advance when it is written to."""
-        kept = self.named.flattened
-        return [self.named.tensor, *([kept.flat] if kept else []), *(p.tensor for p in self.parts)]
-
-
-@dataclass(frozen=True, slots=True)
-class Anchor:
-    """A place that leads to the storage of a tensor without a walk over the model.
-
-    Attributes:
-        table: The `__dict__`, or the like, that holds the tensor.
-        key: Its key there.
-        address: Where the storage was.
-        is_sharded: Whether it holds a DTensor.
-        before: What to look at as long as the tensor is not there.
-    """
-
-    table: MutableMapping[str, Any]
-    key: str
-    address: int
-    is_sharded: bool = False
-    before: Tensor | None = None
-
-
-class Watch:
-    """Whether tensors still have the storage that they had. Costs about 0.1 µs for each.
-
-    Args:
-        anchors: The places to look at.
-    """
-
-    def __init__(self, anchors: Iterable[Anchor]) -> None:
-        known = {(id(anchor.table), anchor.key): anchor for anchor in anchors}.values()
-        self._lazy = [anchor for anchor in known if anchor.before is not None]
-        rest = [anchor for anchor in known if anchor.before is None]
-        plain = [anchor for anchor in rest if not anchor.is_sharded]
-        sharded = [anchor for anchor in rest if anchor.is_sharded]
-        self._plain = [a.table for a in plain], [a.key for a in plain]
-        self._sharded = [a.table for a in sharded], [a.key for a in sharded]
-        self._addresses = [anchor.address for anchor in plain + sharded]
-
-    @property
-    def is_current(self) -> bool:
-        """Whether all storage is where it was."""
-        try:
-            # All of it in C: a loop in Python takes twice as long.
-            tensors = [*map(operator.getitem, *self._plain)]
-            if self._sharded[0]:
-                tensors += map(_LOCAL_TENSOR, map(operator.getitem, *self._sharded))
-            if list(map(_DATA_PTR, tensors)) != self._addresses:
-                return False
-        except (KeyError, AttributeError, TypeError):  # not there, or something else is
-            return False
-        for anchor in self._lazy:
-            tensor = anchor.table.get(anchor.key, anchor.before)
-            if tensor.data_ptr() != anchor.address:
-                return False
-        return True
-
-
-_LOCAL_TENSOR = operator.attrgetter("_local_tensor")
-_DATA_PTR = Tensor.data_ptr
 
 
 class Wrapped:
@@ -342,9 +206,11 @@ class Wrapped:
         gathered = self._gathered.get((named.owner, named.key))
         if gathered is None:
             table = named.owner._buffers if named.is_buffer else named.owner._parameters
-            anchor = Anchor(table, named.key, local.data_ptr(), is_sharded=True)
+            anchor = Anchor(table, named.key, local.data_ptr(), within="_local_tensor")
         else:
-            anchor = Anchor(vars(gathered), "sharded_param", local.data_ptr(), is_sharded=True)
+            anchor = Anchor(
+                vars(gathered), "sharded_param", local.data_ptr(), within="_local_tensor"
+            )
         groups = tuple(mesh.get_group(axis) for axis in range(mesh.ndim))
         return LiveTensor(
             named,

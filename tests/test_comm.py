@@ -15,8 +15,9 @@ from checks import error_of, same, timed_error_of
 from ranks import run_ranks
 from torch import Tensor
 
-from distavg import CheckpointCorrupt, StateError, comm
+from distavg import CheckpointCorrupt, StateError, comm, replicas
 from distavg.comm import Comm
+from distavg.replicas import ReplicaGroup
 
 
 def test_one_process_communicates_nothing() -> None:
@@ -63,7 +64,7 @@ TENSORS: list[Callable[[], Tensor]] = [
 def tensors_that_arrive() -> list[bool]:
     ranks = Comm()
     arrived = []
-    with mock.patch.object(comm, "_MESSAGE_BYTES", 48):  # so that small tensors take several
+    with mock.patch.object(comm, "MESSAGE_BYTES", 48):  # so that small tensors take several
         for make in TENSORS:
             expected = make()
             if ranks.rank == 0:
@@ -84,7 +85,7 @@ def test_tensors_travel_in_messages_of_any_size_and_dtype() -> None:
 def shared_pieces(message_bytes: int) -> list[str]:
     """What differs after a rank has given the others its pieces: large, small and strided."""
     ranks = Comm()
-    group = ranks.replica_group(ranks.ranks, "cpu", None)
+    group = ReplicaGroup(ranks, ranks.ranks, "cpu", None)
 
     def pieces(owner: int, value: float) -> list[Tensor]:
         strided = torch.full((6, 4), value + owner).t()
@@ -99,7 +100,7 @@ def shared_pieces(message_bytes: int) -> list[str]:
         ]
 
     mine = [pieces(owner, 10.0 if owner == ranks.rank else 90.0) for owner in range(ranks.size)]
-    with mock.patch.object(comm, "_MESSAGE_BYTES", message_bytes):
+    with mock.patch.object(replicas, "MESSAGE_BYTES", message_bytes):
         group.share(mine, "x")
     return [
         f"{index} of rank {owner}"

@@ -194,7 +194,7 @@ def test_exchange(dtype: torch.dtype, kinds: tuple[str, str]) -> None:
     generator = torch.Generator().manual_seed(0)
     values = [torch.randint(0, 2, (5, 3, 4), generator=generator).to(dtype) for _ in range(2)]
     a, b = (strided((5, 3, 4), k, dtype).copy_(v) for k, v in zip(kinds, values, strict=True))
-    Exchange([(a, b)]).run()
+    Exchange([(a, b)]).go()
     assert same(a, values[1])
     assert same(b, values[0])
 
@@ -203,7 +203,7 @@ def test_exchange_keeps_nan_payloads_and_signed_zeros() -> None:
     a = torch.tensor([0x7FC00123, -0x80000000, 0x7F800001], dtype=torch.int32).view(torch.float32)
     b = torch.tensor([1.0, -0.0, float("inf")])
     first, second = a.clone(), b.clone()
-    Exchange([(a, b)]).run()
+    Exchange([(a, b)]).go()
     assert same(a, second)
     assert same(b, first)
 
@@ -213,7 +213,7 @@ def test_exchange_of_a_big_transposed_tensor() -> None:
     rows = torch.arange(900_000, dtype=torch.float32).view(900, 1000)
     a = strided((900, 1000), "transposed").copy_(rows)
     b = rows.neg()
-    Exchange([(a, b)]).run()
+    Exchange([(a, b)]).go()
     assert same(a, rows.neg())
     assert same(b, rows)
 
@@ -221,7 +221,7 @@ def test_exchange_of_a_big_transposed_tensor() -> None:
 @pytest.mark.parametrize("shape", [(), (0,), (1,)])
 def test_exchange_of_next_to_nothing(shape: tuple[int, ...]) -> None:
     a, b = torch.full(shape, 1.0), torch.full(shape, 2.0)
-    Exchange([(a, b)]).run()
+    Exchange([(a, b)]).go()
     assert torch.equal(a, torch.full(shape, 2.0))
     assert torch.equal(b, torch.full(shape, 1.0))
 
@@ -232,18 +232,21 @@ def test_many_tensors_are_exchanged_through_one_buffer() -> None:
     b = [torch.randn(size) for size in sizes]
     before_a, before_b = [t.clone() for t in a], [t.clone() for t in b]
     exchange = Exchange(list(zip(a, b, strict=True)))
-    exchange.run()
-    assert all(torch.equal(x, y) for x, y in zip(a, before_b, strict=True))
-    assert all(torch.equal(x, y) for x, y in zip(b, before_a, strict=True))
-    exchange.run()  # there is nothing left to do
-    assert all(torch.equal(x, y) for x, y in zip(a, before_b, strict=True))
+    for _ in range(2):  # the second time there is nothing left to do
+        exchange.go()
+        assert all(torch.equal(x, y) for x, y in zip(a, before_b, strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(b, before_a, strict=True))
+    for _ in range(2):
+        exchange.come_back()
+        assert all(torch.equal(x, y) for x, y in zip(a, before_a, strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(b, before_b, strict=True))
 
 
 def test_exchange_is_seen_by_autograd() -> None:
     a, b = torch.ones(3, requires_grad=True), torch.zeros(3)
     loss = (a * a).sum()
     before = a._version, b._version
-    Exchange([(a, b)]).run()
+    Exchange([(a, b)]).go()
     assert a._version > before[0]
     assert b._version > before[1]
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -270,8 +273,8 @@ def test_temporaries_are_bounded() -> None:
     transposed = torch.zeros(2048, 2048).t()
     assert largest_allocation(lambda: a.clone()) == 16 * 2**20  # the measurement itself
     for fn in (
-        lambda: Exchange([(a, b)]).run(),
-        lambda: Exchange([(transposed, b.view(2048, 2048))]).run(),
+        lambda: Exchange([(a, b)]).go(),
+        lambda: Exchange([(transposed, b.view(2048, 2048))]).go(),
         lambda: Lerp([a], [half])(0.5),
         lambda: Lerp([a], [half])(1),
         lambda: Lerp([a], [b])(0.5),

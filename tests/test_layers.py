@@ -23,6 +23,8 @@ LEVELS = (
     "names",
     "foreach",
     "comm",
+    "replicas",
+    "tensors",
     "wrappers",
     "shards",
     "average",

@@ -24,7 +24,7 @@ from distavg.checkpoint.manifest import BLOCK_BYTES, SavedBox, SavedFile
 from distavg.checkpoint.plan import Read
 from distavg.errors import CheckpointCorrupt, CheckpointError
 from distavg.foreach import as_bytes
-from distavg.wrappers import Shard
+from distavg.tensors import Shard
 
 __all__ = ["ShardReader", "fsync_path", "group_boxes", "write_shards"]
 

@@ -21,7 +21,7 @@ from distavg.errors import CheckpointCorrupt, CheckpointMismatch, ConfigError
 from distavg.foreach import as_bytes
 from distavg.rules import Rule, rule_from_record
 from distavg.shards import ModelShards
-from distavg.wrappers import Shard
+from distavg.tensors import Shard
 
 __all__ = ["LoadPlan", "plan_load", "verify_checkpoint"]
 
