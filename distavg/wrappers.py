@@ -162,7 +162,7 @@ class Wrapped:
 
         Raises:
             ConfigError: It is on the meta device, or on ranks that are not among `ranks`.
-            UnsupportedError: Placements that are not understood.
+            UnsupportedError: Placements or meshes that are not understood.
         """
         if named.tensor.is_meta:
             raise ConfigError(
@@ -201,6 +201,14 @@ class Wrapped:
                 f"{named.fqn} is sharded over the ranks {mesh_ranks}, of which the Averager has "
                 f"only {list(ranks)}: pass process_group= a group of all ranks of the model"
             )
+        groups = tuple(mesh.get_group(axis) for axis in range(mesh.ndim))
+        place = mesh.get_coordinate()
+        if place is not None and list(place) != [dist.get_rank(group) for group in groups]:
+            raise UnsupportedError(
+                f"{named.fqn} is on a mesh of the ranks {mesh_ranks}, which are not in ascending "
+                "order: fully_shard and full_tensor() would order its shards differently. Build "
+                "the mesh in ascending order"
+            )
         local = local_tensor(tensor)
         box = _placed_box(named.fqn, tensor, local)
         gathered = self._gathered.get((named.owner, named.key))
@@ -211,7 +219,6 @@ class Wrapped:
             anchor = Anchor(
                 vars(gathered), "sharded_param", local.data_ptr(), within="_local_tensor"
             )
-        groups = tuple(mesh.get_group(axis) for axis in range(mesh.ndim))
         return LiveTensor(
             named,
             (Shard(named.fqn, box, shape, local),) if box.numel or 0 in shape else (),

@@ -265,8 +265,9 @@ def whole_parameters(
     """
     reshard(model)
     with ExitStack() as stack:
-        if isinstance(model, FullyShardedDataParallel):
-            summoned = FullyShardedDataParallel.summon_full_params(model, writeback=writeback)
+        wrapped = getattr(model, "_orig_mod", model)
+        if isinstance(wrapped, FullyShardedDataParallel):
+            summoned = FullyShardedDataParallel.summon_full_params(wrapped, writeback=writeback)
             stack.enter_context(summoned)
         named = unwrapped(model).named_parameters(remove_duplicate=False)
         levels = re.compile("_fsdp_wrapped_module\\.|_orig_mod\\.")

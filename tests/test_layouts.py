@@ -183,8 +183,8 @@ def test_ties_that_a_layout_cuts_load_either_way(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- compile
 
 
-def compiled(how: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """What is wrong; the frames and graph breaks that updates and swaps add."""
+def compiled(how: str) -> tuple[list[str], list[tuple[int, int]], list[str]]:
+    """What is wrong; frames and graph breaks that are added; backwards across swaps."""
     import torch._dynamo
     from torch._dynamo.utils import counters
 
@@ -232,14 +232,22 @@ def compiled(how: str) -> tuple[list[str], list[tuple[int, int]]]:
     assert counted[0][0] > 0  # the compiler counts
     assert counted[2] > counted[1]  # evaluation mode was compiled
     added = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(counted)]
-    return wrong, [added[0], added[2]]
+    model.train()
+    across = model(torch.arange(5)).sum()
+    with averager.applied("ema"):
+        inside = model(torch.arange(5)).sum()
+    spanning = [error_of(across.backward), error_of(inside.backward)]
+    return wrong, [added[0], added[2]], spanning
 
 
-@pytest.mark.parametrize("how", ["compile, then wrap", "ddp compiled", "fsdp2 compiled"])
+@pytest.mark.parametrize(
+    "how", ["compile, then wrap", "ddp compiled", "fsdp2 compiled", "fsdp1 compiled"]
+)
 def test_compiled_models_are_not_compiled_again(how: str) -> None:
-    for wrong, added in run_ranks(compiled, 2, how, timeout=110):
+    for wrong, added, spanning in run_ranks(compiled, 2, how, timeout=110):
         assert wrong == []
         assert added == [(0, 0), (0, 0)]
+        assert all("modified by an inplace operation" in text for text in spanning), spanning
 
 
 # ---------------------------------------------------------------- adapters

@@ -32,7 +32,7 @@ from models import (
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffload,
     CPUOffloadPolicy,
@@ -353,9 +353,17 @@ def test_fsdp1_that_moves_before_its_first_forward_is_followed() -> None:
 # ---------------------------------------------------------------- placements
 
 
-def distributed(placements: list[Any], shape: tuple[int, ...]) -> tuple[list[str], str]:
-    """What `Wrapped` finds of a DTensor of these placements, against the tensor's own parts."""
+def distributed(
+    placements: list[Any], shapes: list[tuple[int, ...]]
+) -> list[tuple[list[str], str]]:
+    """What `Wrapped` finds of DTensors of these placements, against the tensors' own parts."""
     mesh = init_device_mesh("cpu", (2, 2))
+    return [found_of(mesh, placements, shape) for shape in shapes]
+
+
+def found_of(
+    mesh: DeviceMesh, placements: list[Any], shape: tuple[int, ...]
+) -> tuple[list[str], str]:
     whole = torch.arange(math.prod(shape), dtype=torch.float32).view(shape)
     module = nn.Module()
     try:
@@ -371,11 +379,9 @@ def distributed(placements: list[Any], shape: tuple[int, ...]) -> tuple[list[str
     ], "understood"
 
 
-@pytest.mark.parametrize("shape", [(8, 6), (5, 3), (1, 7)])
 @pytest.mark.parametrize(
     "placements",
     [
-        # Uneven strided ones are FSDP2's alone to make: see the tests of tp-fsdp2.
         [ShardPlacement(0), ShardPlacement(0)],
         [ShardPlacement(0), ShardPlacement(1)],
         [Replicate(), ShardPlacement(1)],
@@ -385,18 +391,27 @@ def distributed(placements: list[Any], shape: tuple[int, ...]) -> tuple[list[str
     ],
     ids=str,
 )
-def test_placements_give_the_boxes_that_the_values_prove(
-    placements: list[Any], shape: tuple[int, ...]
-) -> None:
+def test_placements_give_the_boxes_that_the_values_prove(placements: list[Any]) -> None:
+    shapes = [(8, 6), (5, 3), (1, 7)]
     if isinstance(placements[0], _StridedShard):
-        shape = (8, 6)
-    assert run_ranks(distributed, 4, placements, shape) == [([], "understood")] * 4
+        shapes = shapes[:1]  # uneven ones are FSDP2's alone to make: see the tests of tp-fsdp2
+    assert run_ranks(distributed, 4, placements, shapes) == [[([], "understood")] * len(shapes)] * 4
 
 
 def test_placements_that_are_not_contiguous_are_refused() -> None:
     strided = [ShardPlacement(0), _StridedShard(0, split_factor=2)]
-    for _, how in run_ranks(distributed, 4, strided, (8, 6)):
+    for ((_, how),) in run_ranks(distributed, 4, strided, [(8, 6)]):
         assert "these are not the contiguous pieces" in how
+
+
+def on_a_descending_mesh() -> str:
+    model = fully_shard(nn.Linear(3, 4), mesh=DeviceMesh("cpu", [1, 0]))
+    return error_of(Averager, model, RULES)
+
+
+def test_meshes_that_do_not_ascend_are_refused() -> None:
+    text = run_ranks(on_a_descending_mesh, 2)[0]
+    assert "weight is on a mesh of the ranks [1, 0], which are not in ascending order" in text
 
 
 # ---------------------------------------------------------------- private ways of the wrappers
