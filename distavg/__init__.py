@@ -19,7 +19,7 @@ from distavg.errors import (
     StateError,
     UnsupportedError,
 )
-from distavg.rules import EMA, SWA, Rule
+from distavg.rules import EMA, SWA, Custom, PowerEMA, Rule, Warmup
 from distavg.schedule import Clock
 
 __all__ = [
@@ -34,14 +34,17 @@ __all__ = [
     "CheckpointNotFound",
     "Clock",
     "ConfigError",
+    "Custom",
     "DistavgError",
     "ModelMismatch",
+    "PowerEMA",
     "RankError",
     "ReplicaMismatch",
     "Rule",
     "SaveHandle",
     "StateError",
     "UnsupportedError",
+    "Warmup",
     "latest",
 ]
 
@@ -49,6 +52,6 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> NoReturn:
-    if name in ("Custom", "PowerEMA", "recalibrate_batchnorm"):
+    if name == "recalibrate_batchnorm":
         raise UnsupportedError(f"distavg.{name} comes with a later release")
     raise AttributeError(f"module 'distavg' has no attribute {name!r}")

@@ -1,21 +1,22 @@
-"""One average: a rule, its counter, and this rank's shards of it.
+"""Averages: a rule, its counter, and this rank's shards; and the pass that updates them.
 
 Updating never communicates. An average before its first update reads as the live weights.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from distavg.errors import ConfigError
-from distavg.foreach import Lerp
-from distavg.rules import Rule
+from distavg.foreach import Blend, Lerp
+from distavg.rules import Custom, Rule
 from distavg.schedule import Schedule
 from distavg.shards import GlobalTensor, ModelShards
 from distavg.tensors import LiveTensor, Shard
 
-__all__ = ["Average"]
+__all__ = ["Average", "Updates"]
 
 
 class Average:
@@ -38,16 +39,10 @@ class Average:
         model_shards: The live tensors.
         dtype: The dtype to average floating tensors in; None for fp32 in place of bf16 and fp16,
             and each tensor's own otherwise.
-        buffers: `"live"`, `"copied"` or `"averaged"`: what updates do to floating buffers.
     """
 
     def __init__(
-        self,
-        schedule: Schedule,
-        model_shards: ModelShards,
-        *,
-        dtype: torch.dtype | None,
-        buffers: str,
+        self, schedule: Schedule, model_shards: ModelShards, *, dtype: torch.dtype | None
     ) -> None:
         if dtype is not None and not dtype.is_floating_point:
             raise ConfigError(f"average {schedule.name!r}: dtype={dtype} is not a floating dtype")
@@ -57,12 +52,12 @@ class Average:
         self.was_read_early = False
         self.damaged: str | None = None
         self._dtype = dtype
-        self._buffers = buffers
         self.dtypes: dict[str, torch.dtype] = {}
         self.live: Sequence[Shard] = ()
         self.tensors: list[Tensor] = []
         self.follow(model_shards)
 
+    @torch.inference_mode(mode=False)  # memory for training, whoever calls
     @torch.no_grad()
     def follow(self, model_shards: ModelShards) -> None:
         """Take up what `ModelShards.follow` found. Not collective.
@@ -73,23 +68,13 @@ class Average:
         self.learn_dtypes(model_shards)
         known = {(s.fqn, s.box): t for s, t in zip(self.live, self.tensors, strict=True)}
         tensors: list[Tensor] = []
-        averaged: list[tuple[Tensor, Tensor]] = []
-        copied: list[tuple[Tensor, Tensor]] = []
         for shard in model_shards.owned:
             live, tensor = shard.tensor, known.get((shard.fqn, shard.box))
             if tensor is None:
                 tensor = torch.empty_like(live, dtype=self.dtypes[shard.fqn])
                 if self.num_updates:
                     tensor.copy_(live)
-            tensor = tensor.to(live.device)
-            tensors.append(tensor)
-            is_buffer = model_shards.by_name[shard.fqn].named.is_buffer
-            is_averaged = not is_buffer or (
-                self._buffers == "averaged" and tensor.is_floating_point()
-            )
-            (averaged if is_averaged else copied).append((tensor, live))
-        self._averaged = Lerp([a for a, _ in averaged], [b for _, b in averaged])
-        self._copied = Lerp([a for a, _ in copied], [b for _, b in copied])
+            tensors.append(tensor.to(live.device))
         self.live, self.tensors = model_shards.owned, tensors
 
     def learn_dtypes(self, model_shards: ModelShards) -> None:
@@ -119,11 +104,13 @@ class Average:
         """Bytes of this average on this rank."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
-    def update(self) -> None:
-        """Average the live weights in, now. No communication, no device synchronisation."""
-        self._averaged(self.weight)
-        self._copied(1)
-        self.num_updates += 1
+    @property
+    def blend(self) -> Blend:
+        """What the next update does."""
+        rule, num_updates = self.schedule.resolved_rule, self.num_updates
+        if num_updates == 0 or not isinstance(rule, Custom):
+            return self.weight
+        return functools.partial(rule.apply, num_updates=num_updates)
 
     def own_shards(self) -> list[Shard]:
         """This rank's part of the average: views of the average's own memory."""
@@ -145,9 +132,53 @@ class Average:
 
     def settle(self) -> None:
         """Before the first update, make the memory read as the live weights."""
-        if self.num_updates == 0:
-            self._averaged(1)
-            self._copied(1)
+        if self.num_updates == 0 and self.tensors:
+            with torch.no_grad():
+                torch._foreach_copy_(self.tensors, [live.tensor for live in self.live])
+
+
+class Updates:
+    """Updates some of several averages in one pass over the live weights.
+
+    Args:
+        averages: Averages of one model.
+        model_shards: Its live tensors.
+        buffers: `"live"`, `"copied"` or `"averaged"`: what updates do to floating buffers.
+    """
+
+    def __init__(
+        self, averages: Sequence[Average], model_shards: ModelShards, *, buffers: str
+    ) -> None:
+        self._averages = averages
+        self._buffers = buffers
+        self.follow(model_shards)
+
+    @torch.inference_mode(mode=False)
+    def follow(self, model_shards: ModelShards) -> None:
+        """Take up what `ModelShards.follow` found, in all averages. Not collective."""
+        for average in self._averages:
+            average.follow(model_shards)
+        averaged: list[int] = []
+        copied: list[int] = []
+        for index, shard in enumerate(model_shards.owned):
+            is_copied = model_shards.by_name[shard.fqn].named.is_buffer and not (
+                self._buffers == "averaged" and shard.tensor.is_floating_point()
+            )
+            (copied if is_copied else averaged).append(index)
+        self._averaged, self._copied = (
+            Lerp(
+                [[average.tensors[i] for i in indices] for average in self._averages],
+                [model_shards.owned[i].tensor for i in indices],
+            )
+            for indices in (averaged, copied)
+        )
+
+    def run(self, due: Collection[Average]) -> None:
+        """Update these averages, now. No communication, no device synchronisation."""
+        self._averaged([each.blend if each in due else None for each in self._averages])
+        self._copied([1.0 if each in due else None for each in self._averages])
+        for average in due:
+            average.num_updates += 1
 
 
 def is_exchanged(live: Tensor, average: Tensor) -> bool:

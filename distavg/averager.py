@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from distavg.average import Average
+from distavg.average import Average, Updates
 from distavg.checkpoint.load import plan_load
 from distavg.checkpoint.save import Also, SaveHandle, SaveRequest, call_also, save
 from distavg.comm import Comm
@@ -131,10 +131,11 @@ class Averager:
                     schedule,
                     self._shards,
                     dtype=dtype.get(schedule.name) if isinstance(dtype, Mapping) else dtype,
-                    buffers=buffers,
                 )
                 for schedule in schedules
             }
+            averages = list(self._averages.values())
+            self._updates = Updates(averages, self._shards, buffers=buffers)
         self._check_built_alike()
         self._shards.check_replicas("building an Averager")
         if self._comm.size > 1 and self._comm.rank == 0 and self._shards.has_unknown_replicas:
@@ -142,9 +143,7 @@ class Averager:
                 "the model has plain parameters outside DDP: every rank keeps their averages "
                 "whole. Pass replicas= the group of ranks that hold the same ones to divide them"
             )
-        for average in self._averages.values():
-            if average.schedule.starts_at(None, self._position):
-                average.update()
+        self._updates.run([each for each in averages if each.schedule.starts_at_once])
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -190,8 +189,7 @@ class Averager:
         due = [a for a in self._averages.values() if a.schedule.due(before, after)]
         if due:
             self._follow_if_needed()
-        for average in due:
-            average.update()
+            self._updates.run(due)
         self._position = after
 
     def update(self, name: str | None = None) -> None:
@@ -203,7 +201,7 @@ class Averager:
         average = self._named(name)
         self._check_idle("update()")
         self._follow_if_needed()
-        average.update()
+        self._updates.run([average])
 
     def synchronize(self) -> None:
         """Wait for updates still under way, before weights are edited by hand.
@@ -556,8 +554,7 @@ class Averager:
                     "from a checkpoint"
                 )
                 raise StateError(self._shards.lost)
-            for average in self._averages.values():
-                average.follow(self._shards)
+            self._updates.follow(self._shards)
             self._is_behind = False
 
     def _follow_if_needed(self) -> None:

@@ -4,64 +4,121 @@ Everything here writes in place under `no_grad`, so that version counters advanc
 notices. The arithmetic is elementwise: its result does not depend on how a tensor was cut.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from distavg.layout import range_boxes
 
-__all__ = ["Exchange", "Lerp", "as_bytes", "checksum", "chunks"]
+__all__ = ["Blend", "Exchange", "Lerp", "as_bytes", "checksum", "chunks"]
 
 # Size of one chunk where data passes through a temporary. On a CPU the temporary should stay in
 # a core's L2 cache; on an accelerator a chunk must run well past the launch of its kernels.
 _CPU_CHUNK_BYTES = 2**20
+# Live weights that all averages take on a CPU before the next are read.
+_CPU_BLOCK_BYTES = 2**22
 _ACCELERATOR_CHUNK_BYTES = 2**25
 
 
-class Lerp:
-    """`average += weight * (live - average)`, prepared once for fixed lists of tensors.
+# What an update does to an average: the weight of the live tensors, or a function that changes the
+# tensors of its first list in place by those of its second.
+Blend = float | Callable[[list[Tensor], list[Tensor]], object]
 
-    Tensors of one dtype take one `torch._foreach_lerp_` per device and dtype (fused on an
-    accelerator). Where the average has another dtype than the live tensor, live values pass
-    through one temporary of a bounded size, chunk by chunk.
+
+class Lerp:
+    """`average += weight * (live - average)` for several averages in one pass over their lives.
+
+    Prepared once for fixed lists of tensors. On a CPU the pass goes block by block, so that a block
+    of the live tensors is read from memory once, whatever the number of averages; on an accelerator
+    each average takes one fused kernel per dtype. Where an average has another dtype than a live
+    tensor, the values pass through a temporary of a bounded size, once for all such averages.
 
     Args:
-        averages: Tensors to be updated.
-        lives: Tensors of the same shapes and devices, of any floating dtype.
+        averages: For each average, tensors of the shapes and devices of `lives`.
+        lives: The live tensors, of any dtype.
     """
 
-    def __init__(self, averages: Sequence[Tensor], lives: Sequence[Tensor]) -> None:
-        self._copies = (list(averages), list(lives))
-        same: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-        self._converted: list[tuple[Tensor, Tensor, Tensor]] = []
-        buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        for average, live in zip(averages, lives, strict=True):
-            key = average.device, average.dtype
-            if average.dtype == live.dtype:
-                group = same.setdefault(key, ([], []))
-                group[0].append(average)
-                group[1].append(live)
-                continue
-            size = _chunk_elements(average)
-            if key not in buffers:
-                buffers[key] = average.new_empty(size)
-            self._converted += (
-                (part, live_part, buffers[key][: part.numel()].view(part.shape))
-                for part, live_part in chunks((average, live), size)
-            )
-        self._same = list(same.values())
+    def __init__(self, averages: Sequence[Sequence[Tensor]], lives: Sequence[Tensor]) -> None:
+        alike: dict[object, list[tuple[Tensor, ...]]] = {}
+        for tensors in zip(lives, *averages, strict=True):
+            key = tensors[0].device, *(tensor.dtype for tensor in tensors)
+            alike.setdefault(key, []).append(tensors)
+        self._blocks = [block for rows in alike.values() for block in _blocks(rows)]
 
     @torch.no_grad()
-    def __call__(self, weight: float) -> None:
-        """Update every average. A weight of 1 copies, so that old NaNs do not survive."""
-        if weight == 1:
-            torch._foreach_copy_(*self._copies) if self._copies[0] else None
-            return
-        for averages, lives in self._same:
-            torch._foreach_lerp_(averages, lives, weight)
-        for average, live, buffer in self._converted:
-            average.lerp_(buffer.copy_(live), weight)
+    def __call__(self, blends: Sequence[Blend | None]) -> None:
+        """Update every average whose blend is not None.
+
+        A weight of 1 copies, so that old NaNs do not survive.
+        """
+        for block in self._blocks:
+            converted: set[torch.dtype] = set()
+            for blend, averages in zip(blends, block.averages, strict=True):
+                if blend is None:
+                    continue
+                if blend == 1:
+                    torch._foreach_copy_(averages, block.lives)
+                    continue
+                lives = block.lives
+                if (dtype := averages[0].dtype) in block.buffers:
+                    lives = block.buffers[dtype]
+                    if dtype not in converted:
+                        torch._foreach_copy_(lives, block.lives)
+                        converted.add(dtype)
+                if callable(blend):
+                    blend(averages, lives)
+                else:
+                    torch._foreach_lerp_(averages, lives, blend)
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Parts of tensors that are updated together: all on one device, each list of one dtype."""
+
+    lives: list[Tensor]
+    averages: list[list[Tensor]]
+    buffers: dict[torch.dtype, list[Tensor]]
+
+
+def _blocks(rows: Sequence[tuple[Tensor, ...]]) -> Iterator[_Block]:
+    live = rows[0][0]
+    others = {average.dtype for average in rows[0][1:]} - {live.dtype}
+    if others:  # the buffer should stay in the cache until the averages have read it
+        limit = min(_chunk_elements(live.device, dtype) for dtype in others)
+    elif live.device.type == "cpu":
+        limit = _CPU_BLOCK_BYTES // live.itemsize
+    else:
+        limit = sum(row[0].numel() for row in rows)
+    limit = max(limit, 1)
+    buffers = {dtype: torch.empty(limit, dtype=dtype, device=live.device) for dtype in others}
+    bucket: list[tuple[Tensor, ...]] = []
+    used = 0
+    for row in rows:
+        for part in chunks(row, limit):
+            if used + part[0].numel() > limit:
+                yield _block(bucket, buffers)
+                bucket, used = [], 0
+            bucket.append(part)
+            used += part[0].numel()
+    yield _block(bucket, buffers)
+
+
+def _block(rows: Sequence[tuple[Tensor, ...]], buffers: Mapping[torch.dtype, Tensor]) -> _Block:
+    lives, *averages = (list(column) for column in zip(*rows, strict=True))
+    sizes = [live.numel() for live in lives]
+    return _Block(
+        lives,
+        averages,
+        {
+            dtype: [
+                part.view(live.shape)
+                for part, live in zip(torch.split(buffer[: sum(sizes)], sizes), lives, strict=True)
+            ]
+            for dtype, buffer in buffers.items()
+        },
+    )
 
 
 class Exchange:
@@ -79,7 +136,7 @@ class Exchange:
         self._batches: list[tuple[list[Tensor], list[Tensor], list[Tensor]]] = []
         if not pairs:
             return
-        limit = _chunk_elements(pairs[0][0])
+        limit = _chunk_elements(pairs[0][0].device, pairs[0][0].dtype)
         parts = [part for pair in pairs for part in chunks(pair, limit)]
         buffer = pairs[0][0].new_empty(min(limit, sum(a.numel() for a, _ in parts)))
         used = 0
@@ -145,6 +202,6 @@ def as_bytes(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
-def _chunk_elements(tensor: Tensor) -> int:
-    limit = _CPU_CHUNK_BYTES if tensor.device.type == "cpu" else _ACCELERATOR_CHUNK_BYTES
-    return limit // tensor.itemsize
+def _chunk_elements(device: torch.device, dtype: torch.dtype) -> int:
+    limit = _CPU_CHUNK_BYTES if device.type == "cpu" else _ACCELERATOR_CHUNK_BYTES
+    return limit // dtype.itemsize

@@ -124,8 +124,10 @@ class Clock:
 class Schedule:
     """When one rule updates, under one clock.
 
-    An update is due after a step that takes the position across a multiple of the rule's
-    `update_interval`, if `start` had been reached before that step and `end` is not passed.
+    An update is due after a step that takes the position to or across a multiple of the rule's
+    `update_interval`, if `start` had been reached before that step and `end` is not passed. With
+    `include_initial` the first is due when `start` is reached (for an interval in epochs, at the
+    end of that epoch), and intervals count from there.
 
     Raises:
         ConfigError: A time that the clock cannot resolve, or a schedule that never updates.
@@ -142,6 +144,8 @@ class Schedule:
             self._interval = self._time(interval) if interval is not None else None
             if self._interval and not self._interval.value:
                 raise ConfigError(f"update_interval={interval!r} must be positive")
+            self._unit = (self._interval or self._start).unit
+            self._anchor = self._find_anchor()
             self.resolved_rule = rule.resolved(self._updates_in)
             self._check_updates_ever()
         except ConfigError as error:
@@ -161,12 +165,30 @@ class Schedule:
             return float(time.value / interval.value)
         return float(self.clock.in_steps(time) / self.clock.in_steps(interval))
 
+    @property
+    def starts_at_once(self) -> bool:
+        """Whether the weights before the first step are the first sample."""
+        return self._anchor == 0
+
+    def _find_anchor(self) -> Fraction | None:
+        """Where intervals count from, in their unit, if the weights there are a sample."""
+        if not self.rule.include_initial:
+            return None
+        if self._start.unit == self._unit:
+            return Fraction(math.ceil(self._start.value))
+        per_unit = self.clock.in_steps(Time(Fraction(1), self._unit))
+        return Fraction(math.ceil(self.clock.in_steps(self._start) / per_unit))
+
     def _check_updates_ever(self) -> None:
         if self._interval is None:
             return
-        start, interval = self.clock.in_steps(self._start), self.clock.in_steps(self._interval)
-        # The first multiple of the interval that is crossed by a step later than the start.
-        first = math.ceil((math.ceil(start) // interval + 1) * interval)
+        interval = self.clock.in_steps(self._interval)
+        if self._anchor:
+            first = math.ceil(self.clock.in_steps(Time(self._anchor, self._unit)))
+        else:
+            # The first multiple of the interval that is crossed by a step later than the start.
+            start = math.ceil(self.clock.in_steps(self._start))
+            first = math.ceil((start // interval + 1) * interval)
         limits = [self._end] if self._end is not None else []
         if self.clock.max_duration is not None:
             limits.append(Time.parse(self.clock.max_duration))
@@ -180,21 +202,15 @@ class Schedule:
 
     def due(self, before: Position, after: Position) -> bool:
         """Whether an update is due after the step that led from `before` to `after`."""
-        start, end, interval = self._start, self._end, self._interval
-        if self.starts_at(before, after):
-            return True
-        if interval is None or before.at(start.unit) < start.value:
+        if self._end is not None and after.at(self._end.unit) > self._end.value:
             return False
-        if end is not None and after.at(end.unit) > end.value:
-            return False
-        unit = interval.unit
-        return after.at(unit) // interval.value > before.at(unit) // interval.value
-
-    def starts_at(self, before: Position | None, after: Position) -> bool:
-        """Whether the weights at `after` are an initial sample (`include_initial`)."""
-        start = self._start
-        return (
-            self.rule.include_initial
-            and after.at(start.unit) >= start.value
-            and (before is None or before.at(start.unit) < start.value)
-        )
+        was, now = before.at(self._unit), after.at(self._unit)
+        if self._anchor is None:
+            is_started = before.at(self._start.unit) >= self._start.value
+        else:
+            was, now = was - self._anchor, now - self._anchor
+            if was < 0 <= now:
+                return True
+            is_started = was >= 0
+        interval = self._interval
+        return is_started and interval is not None and now // interval.value > was // interval.value

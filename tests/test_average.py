@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from checks import differences, feed, same, storages, torch_average
@@ -9,21 +11,12 @@ from models import Awkward, build, floating_buffers, integer_buffers, set_weight
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from distavg import EMA, SWA, Average, Averager, Clock, ConfigError, Rule
-from distavg.comm import Comm
-from distavg.schedule import Schedule
-from distavg.shards import ModelShards
+from distavg import EMA, SWA, Average, Averager, ConfigError, Rule
 
 
-def average_of(
-    model: nn.Module,
-    rule: Rule,
-    *,
-    dtype: torch.dtype | None = None,
-    buffers: str = "live",
-) -> Average:
-    shards = ModelShards(model, Comm(), hold_buffers=buffers != "live")
-    return Average(Schedule("a", rule, Clock()), shards, dtype=dtype, buffers=buffers)
+def averager_of(model: nn.Module, rule: Rule, **options: Any) -> tuple[Averager, Average]:
+    averager = Averager(model, {"a": rule}, **options)
+    return averager, averager["a"]
 
 
 def tensors_of(average: Average) -> dict[str, Tensor]:
@@ -33,10 +26,12 @@ def tensors_of(average: Average) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", ["ema", "swa"])
 def test_updates_are_those_of_torch_bit_for_bit(name: str) -> None:
     model = build("plain", Awkward)
-    average = average_of(model, {"ema": EMA(0.9), "swa": SWA(update_interval=None)}[name])
+    averager, average = averager_of(
+        model, {"ema": EMA(0.9), "swa": SWA(update_interval=None)}[name]
+    )
     for step in range(5):
         set_weights(model, weights_at(model, step))
-        average.update()
+        averager.update()
         expected = torch_average(Awkward, name, range(step + 1))
         found = tensors_of(average)
         assert differences(found, {fqn: expected[fqn] for fqn in found}) == []
@@ -46,13 +41,13 @@ def test_updates_are_those_of_torch_bit_for_bit(name: str) -> None:
 @pytest.mark.parametrize("dtype", [None, torch.float64])
 def test_the_first_update_copies_over_nan(dtype: torch.dtype | None) -> None:
     model = build("plain", Awkward)
-    average = average_of(model, EMA(0.9), dtype=dtype)
+    averager, average = averager_of(model, EMA(0.9), dtype=dtype)
     for tensor in average.tensors:
         tensor.fill_(torch.nan)
-    average.update()
+    averager.update()
     expected = {n: w.to(dtype or w.dtype) for n, w in weights_at(model, 0).items()}
     assert differences(tensors_of(average), expected) == []
-    average.update()
+    averager.update()
     assert not any(tensor.isnan().any() for tensor in average.tensors)
 
 
@@ -73,11 +68,11 @@ def test_averages_of_bf16_weights_do_not_stall() -> None:
     assert stalls(torch.bfloat16) == 1.0  # what PyTorch does: the defect
     model = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
     nn.init.ones_(model.weight)
-    average = average_of(model, EMA(0.999))
-    average.update()
+    averager, average = averager_of(model, EMA(0.999))
+    averager.update()
     nn.init.constant_(model.weight, 2)
     for _ in range(2000):
-        average.update()
+        averager.update()
     (tensor,) = average.tensors
     assert tensor.dtype == torch.float32
     # bf16 holds 1 and 2 exactly, so the fp32 reference sees the same weights: the same bits.
@@ -98,7 +93,7 @@ def test_averages_of_bf16_weights_do_not_stall() -> None:
 def test_the_dtype_of_an_average(
     live: torch.dtype, dtype: torch.dtype | None, expected: torch.dtype
 ) -> None:
-    average = average_of(nn.Linear(3, 2, dtype=live), EMA(0.5), dtype=dtype)
+    _, average = averager_of(nn.Linear(3, 2, dtype=live), EMA(0.5), dtype=dtype)
     assert {tensor.dtype for tensor in average.tensors} == {expected}
     assert average.dtypes == {"weight": expected, "bias": expected}
     assert average.nbytes == 8 * expected.itemsize
@@ -106,12 +101,12 @@ def test_the_dtype_of_an_average(
 
 def test_a_dtype_that_cannot_average_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"average 'a': dtype=torch\.int64 is not a floating"):
-        average_of(nn.Linear(1, 1), EMA(0.5), dtype=torch.int64)
+        averager_of(nn.Linear(1, 1), EMA(0.5), dtype=torch.int64)
 
 
 def test_before_the_first_update_it_reads_as_the_live_weights() -> None:
     model = build("plain", Awkward)
-    average = average_of(model, EMA(0.9), buffers="averaged")
+    averager, average = averager_of(model, EMA(0.9), buffers="averaged")
     for step in range(2):
         set_weights(model, weights_at(model, step, buffers=True))
         live = storages(model)
@@ -119,17 +114,17 @@ def test_before_the_first_update_it_reads_as_the_live_weights() -> None:
         assert differences(found, {fqn: live[fqn] for fqn in found}) == []
     assert average.num_updates == 0
     set_weights(model, weights_at(model, 5))
-    average.update()
+    averager.update()
     assert same(tensors_of(average)["one"], storages(model)["one"])
 
 
 def test_its_memory_is_taken_when_it_is_built() -> None:
     model = build("plain", Awkward)
-    average = average_of(model, EMA(0.9))
+    averager, average = averager_of(model, EMA(0.9))
     pointers = [tensor.data_ptr() for tensor in average.tensors]
     assert average.nbytes == sum(weight.nbytes for weight in weights_at(model, 0).values())
     for _ in range(3):
-        average.update()
+        averager.update()
     assert [tensor.data_ptr() for tensor in average.tensors] == pointers
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -58,10 +59,10 @@ def test_ema_is_torchs(decay: float) -> None:
     averages, expected = randoms(0), randoms(0)
     update: Any = get_ema_multi_avg_fn(decay)
     lives = randoms(1)
-    lerp = Lerp(averages, lives)
+    lerp = Lerp([averages], lives)
     for step in range(1, 6):
         torch._foreach_copy_(lives, randoms(step))
-        lerp(EMA(decay).weight(step))
+        lerp([EMA(decay).weight(step)])
         update(expected, lives, step)
     assert all(map(same, averages, expected))
 
@@ -70,10 +71,10 @@ def test_swa_is_torchs() -> None:
     averages, lives = randoms(0), randoms(1)
     expected = randoms(0)
     update: Any = get_swa_multi_avg_fn()
-    lerp = Lerp(averages, lives)
+    lerp = Lerp([averages], lives)
     for step in range(1, 10):
         torch._foreach_copy_(lives, randoms(step))
-        lerp(SWA().weight(step))
+        lerp([SWA().weight(step)])
         update(expected, lives, step)  # what AveragedModel does from the second update on
     assert all(map(same, averages, expected))
 
@@ -93,8 +94,8 @@ def test_a_cut_changes_no_bit(
     pieces = whole.clone()
     edges = [0, *sorted(min(cut, size) for cut in cuts), size]
     ranges = list(itertools.pairwise(edges))
-    Lerp([whole], [live])(weight)
-    Lerp([pieces[a:b] for a, b in ranges], [live[a:b] for a, b in ranges])(weight)
+    Lerp([[whole]], [live])([weight])
+    Lerp([[pieces[a:b] for a, b in ranges]], [live[a:b] for a, b in ranges])([weight])
     assert same(whole, pieces)
 
 
@@ -106,10 +107,10 @@ def test_mixed_dtypes_average_the_converted_values(
 ) -> None:
     lives = randoms(0, live_dtype)
     averages, expected = randoms(1, dtype), randoms(1, dtype)
-    lerp = Lerp(averages, lives)
+    lerp = Lerp([averages], lives)
     for step, weight in enumerate([0.3, 0.001, 0.5], start=2):
         torch._foreach_copy_(lives, randoms(step, live_dtype))
-        lerp(weight)
+        lerp([weight])
         torch._foreach_lerp_(expected, [live.to(dtype) for live in lives], weight)
     assert all(map(same, averages, expected))
 
@@ -118,10 +119,9 @@ def test_fp32_averages_of_bf16_weights_do_not_stall() -> None:
     """A bf16 average moves by nothing at a weight of 0.001; an fp32 one gets there."""
     live = torch.full((4,), 2.0, dtype=torch.bfloat16)
     stalled, moving = torch.ones(4, dtype=torch.bfloat16), torch.ones(4)
-    lerps = [Lerp([stalled], [live]), Lerp([moving], [live])]
+    lerp = Lerp([[stalled], [moving]], [live])
     for _ in range(5000):
-        for lerp in lerps:
-            lerp(0.001)
+        lerp([0.001, 0.001])
     assert torch.equal(stalled, torch.ones(4, dtype=torch.bfloat16))
     # 5000 roundings of 2**-24 each, mended by the decay: far less than 0.001.
     torch.testing.assert_close(moving, torch.full((4,), 2 - 0.999**5000), rtol=0, atol=1e-3)
@@ -131,7 +131,7 @@ def test_fp32_averages_of_bf16_weights_do_not_stall() -> None:
 def test_a_weight_of_1_copies_nan_away(live_dtype: torch.dtype) -> None:
     lives = randoms(0, live_dtype)
     averages = [torch.full_like(live, float("nan"), dtype=torch.float32) for live in lives]
-    Lerp(averages, lives)(1)
+    Lerp([averages], lives)([1])
     assert all(same(a, b.float()) for a, b in zip(averages, lives, strict=True))
 
 
@@ -149,26 +149,67 @@ def test_non_contiguous_tensors(kinds: tuple[str, str], live_dtype: torch.dtype)
     start, value = (torch.randn(5, 6, 4, generator=generator) for _ in range(2))
     average = strided((5, 6, 4), kinds[0]).copy_(start)
     live = strided((5, 6, 4), kinds[1], live_dtype).copy_(value)
-    Lerp([average], [live])(0.3)
+    Lerp([[average]], [live])([0.3])
     assert same(average, start.lerp(value.to(live_dtype).float(), 0.3))
+
+
+SOME = st.lists(st.none() | st.floats(0, 1), min_size=3, max_size=3)
+
+
+@pytest.mark.parametrize("live_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bytes_of_block", [4, 24, 10**6])
+@given(st.lists(SOME, min_size=1, max_size=4))
+def test_averages_together_are_the_averages_alone(
+    live_dtype: torch.dtype, bytes_of_block: int, updates: list[list[float | None]]
+) -> None:
+    """Also where only some of them are due; the third is of another dtype."""
+    dtypes = [torch.float32, torch.float32, torch.float64]
+    lives = randoms(0, live_dtype)
+    with mock.patch.multiple(
+        foreach, _CPU_BLOCK_BYTES=bytes_of_block, _CPU_CHUNK_BYTES=bytes_of_block
+    ):
+        together = [randoms(i, dtype) for i, dtype in enumerate(dtypes, start=1)]
+        alone = [randoms(i, dtype) for i, dtype in enumerate(dtypes, start=1)]
+        lerp = Lerp(together, lives)
+        lerps = [Lerp([averages], lives) for averages in alone]
+        for step, weights in enumerate(updates, start=2):
+            torch._foreach_copy_(lives, randoms(step, live_dtype))
+            lerp(weights)
+            for each, weight in zip(lerps, weights, strict=True):
+                each([weight])
+    for averages, expected in zip(together, alone, strict=True):
+        assert all(map(same, averages, expected))
+
+
+def test_a_function_in_place_of_a_weight() -> None:
+    lives, averages = randoms(0, torch.bfloat16), randoms(1)
+
+    def halve(averaged: list[Tensor], live: list[Tensor]) -> None:
+        assert {tensor.dtype for tensor in averaged + live} == {torch.float32}
+        for old, new in zip(averaged, live, strict=True):
+            old.add_(new).div_(2)
+
+    expected = [(a + b.float()) / 2 for a, b in zip(averages, lives, strict=True)]
+    Lerp([averages], lives)([halve])
+    assert all(map(same, averages, expected))
 
 
 def test_integers_are_copied() -> None:
     counts, flags = torch.tensor([1, 2]), torch.tensor([True, False])
     held = [torch.zeros_like(counts), torch.zeros_like(flags)]
-    Lerp(held, [counts, flags])(1)
+    Lerp([held], [counts, flags])([1])
     assert torch.equal(held[0], counts)
     assert torch.equal(held[1], flags)
 
 
 def test_nothing_to_average_is_no_error() -> None:
-    Lerp([], [])(1)
-    Lerp([], [])(0.5)
+    Lerp([], [])([])
+    Lerp([[]], [])([0.5])
 
 
 def test_averages_and_lives_must_pair() -> None:
-    with pytest.raises(ValueError, match="shorter"):
-        Lerp([torch.ones(1), torch.ones(1)], [torch.ones(1)])
+    with pytest.raises(ValueError, match="longer"):
+        Lerp([[torch.ones(1), torch.ones(1)]], [torch.ones(1)])
 
 
 @pytest.mark.parametrize("weight", [1, 0.5])
@@ -176,7 +217,7 @@ def test_averages_and_lives_must_pair() -> None:
 def test_autograd_sees_the_write(weight: float, live_dtype: torch.dtype) -> None:
     average, live = torch.ones(3), torch.zeros(3, dtype=live_dtype, requires_grad=True)
     before = average._version, live._version
-    Lerp([average], [live])(weight)
+    Lerp([[average]], [live])([weight])
     assert average._version > before[0]
     assert live._version == before[1]
     assert not average.requires_grad
@@ -275,10 +316,10 @@ def test_temporaries_are_bounded() -> None:
     for fn in (
         lambda: Exchange([(a, b)]).go(),
         lambda: Exchange([(transposed, b.view(2048, 2048))]).go(),
-        lambda: Lerp([a], [half])(0.5),
-        lambda: Lerp([a], [half])(1),
-        lambda: Lerp([a], [b])(0.5),
-        lambda: Lerp([transposed], [half.view(2048, 2048)])(0.5),
+        lambda: Lerp([[a]], [half])([0.5]),
+        lambda: Lerp([[a]], [half])([1]),
+        lambda: Lerp([[a]], [b])([0.5]),
+        lambda: Lerp([[transposed]], [half.view(2048, 2048)])([0.5]),
     ):
         assert largest_allocation(fn) <= foreach._CPU_CHUNK_BYTES
 

@@ -23,14 +23,17 @@ PUBLIC = {
     "CheckpointNotFound",
     "Clock",
     "ConfigError",
+    "Custom",
     "DistavgError",
     "ModelMismatch",
+    "PowerEMA",
     "RankError",
     "ReplicaMismatch",
     "Rule",
     "SaveHandle",
     "StateError",
     "UnsupportedError",
+    "Warmup",
     "latest",
 }
 
@@ -53,10 +56,9 @@ def test_the_version_is_that_of_the_distribution() -> None:
     assert distavg.__version__ == importlib.metadata.version("distavg")
 
 
-@pytest.mark.parametrize("name", ["Custom", "PowerEMA", "recalibrate_batchnorm"])
-def test_names_of_the_contract_that_come_later_say_so(name: str) -> None:
-    with pytest.raises(distavg.UnsupportedError, match=f"distavg.{name} comes with a later rel"):
-        getattr(distavg, name)
+def test_names_of_the_contract_that_come_later_say_so() -> None:
+    with pytest.raises(distavg.UnsupportedError, match="comes with a later release"):
+        _ = distavg.recalibrate_batchnorm
     assert not hasattr(distavg, "nonsense")
 
 

@@ -8,12 +8,13 @@ import math
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from distavg.errors import ConfigError
-from distavg.rules import EMA, SWA, Rule, rule_from_record
+from distavg.rules import EMA, SWA, Custom, PowerEMA, Rule, Warmup, rule_from_record
 
 
 def shares(rule: Rule, num_updates: int) -> list[float]:
@@ -25,7 +26,20 @@ def shares(rule: Rule, num_updates: int) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("rule", [SWA(), EMA(), EMA(0.0), EMA(1.0), EMA(0.3)])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        SWA(),
+        EMA(),
+        EMA(0.0),
+        EMA(1.0),
+        EMA(0.3),
+        EMA(0.9, warmup=Warmup(offset=5), min_decay=0.5),
+        PowerEMA(0.05),
+        Custom(avg_fn=lambda averaged, live, n: live),
+    ],
+    ids=lambda rule: type(rule).__name__,
+)
 def test_the_first_update_copies(rule: Rule) -> None:
     assert rule.weight(0) == 1
 
@@ -111,6 +125,107 @@ def test_resolving_asks_for_the_half_life_and_changes_nothing_else() -> None:
     assert SWA().resolved(lambda text: pytest.fail(text)) == SWA()
 
 
+def test_under_an_infinite_half_life_nothing_moves() -> None:
+    rule = EMA(half_life="inf").resolved(lambda text: pytest.fail(text))
+    assert rule.decay == 1
+    assert [rule.weight(n) for n in range(3)] == [1, 0, 0]
+
+
+# ---------------------------------------------------------------------------------- warm-ups
+
+
+@given(st.integers(1, 10**6))
+def test_a_warmup_without_arguments_is_the_mean(n: int) -> None:
+    assert EMA(1.0, warmup=Warmup()).weight(n) == pytest.approx(SWA().weight(n), rel=1e-15)
+
+
+@given(st.integers(1, 10**6))
+def test_the_warmup_of_tensorflow(n: int) -> None:
+    rule = EMA(0.9999, warmup=Warmup(inv_gamma=9, offset=1))
+    assert 1 - rule.weight(n) == pytest.approx(min(0.9999, (1 + n) / (10 + n)), abs=1e-15)
+
+
+@given(st.integers(1, 10**6), st.floats(0.1, 100), st.floats(0.1, 2), st.floats(0, 0.5))
+def test_the_warmup_of_diffusers(n: int, inv_gamma: float, power: float, lowest: float) -> None:
+    rule = EMA(0.99, warmup=Warmup(inv_gamma, power), min_decay=lowest)
+    expected = max(lowest, min(0.99, 1 - (1 + n / inv_gamma) ** -power))
+    assert 1 - rule.weight(n) == pytest.approx(expected, abs=1e-15)
+
+
+def test_a_warmup_ends_where_the_decay_is_reached() -> None:
+    rule = EMA(0.75, warmup=Warmup())
+    assert [rule.weight(n) for n in range(6)] == [1, 1 / 2, 1 / 3, 1 / 4, 1 / 4, 1 / 4]
+    halved = EMA(half_life="2ba", warmup=Warmup()).resolved(lambda text: 2.0)
+    assert [halved.weight(n) for n in (1, 2, 50)] == [1 / 2, 1 / 3, 1 - 2**-0.5]
+
+
+@pytest.mark.parametrize(
+    ("build", "text"),
+    [
+        (lambda: Warmup(inv_gamma=0), "Warmup: inv_gamma must be a number above 0, not 0"),
+        (lambda: Warmup(power=-1), "Warmup: power must be a number above 0, not -1"),
+        (lambda: Warmup(offset=-1), "Warmup: offset must be a number above -1, not -1"),
+        (lambda: Warmup(inv_gamma=math.nan), "inv_gamma must be a number above 0, not nan"),
+        (lambda: Warmup(power=math.inf), "power must be a number above 0, not inf"),
+        (lambda: EMA(warmup="mean"), "EMA: warmup must be a distavg.Warmup, not 'mean'"),
+        (lambda: EMA(min_decay=2, warmup=Warmup()), "EMA: min_decay must be in [0, 1], not 2"),
+        (lambda: EMA(min_decay=0.5), "min_decay=0.5 bounds the decay of a warmup from below; here"),
+        (lambda: EMA(0.1, warmup=Warmup(), min_decay=0.5), "min_decay=0.5 bounds the decay of"),
+        (lambda: PowerEMA(0), "PowerEMA: sigma_rel must be in (0, 1/sqrt(12)], not 0"),
+        (lambda: PowerEMA(0.3), "PowerEMA: sigma_rel must be in (0, 1/sqrt(12)], not 0.3"),
+        (lambda: PowerEMA(math.nan), "PowerEMA: sigma_rel must be in"),
+        (lambda: Custom(), "Custom: give one function, avg_fn or multi_avg_fn, not None and None"),
+        (lambda: Custom(max, min), "Custom: give one function, avg_fn or multi_avg_fn"),
+        (lambda: Custom(0.9), "Custom: give one function, avg_fn or multi_avg_fn, not 0.9"),
+    ],
+)
+def test_what_is_no_rule(build: Any, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build()
+    assert text in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------- PowerEMA
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.10, 0.25])
+def test_gamma_is_the_root_that_numpy_finds(sigma: float) -> None:
+    """Of the polynomial in the code of EDM2."""
+    roots = np.roots([1, 7, 16 - sigma**-2, 12 - sigma**-2])
+    assert PowerEMA(sigma).gamma == pytest.approx(roots.real.max(), rel=1e-9)
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.10])
+@pytest.mark.parametrize("interval", [1, 100])
+def test_a_width_comes_out_at_any_interval(sigma: float, interval: int) -> None:
+    """The standard deviation of the steps, each taken with its share, over the steps of the run."""
+    steps = 20_000
+    rule = PowerEMA(sigma)
+    at = np.arange(interval, steps + 1, interval, dtype=float)
+    weights = np.array([rule.weight(n) for n in range(len(at))])
+    shares = weights * np.append(np.cumprod((1 - weights)[:0:-1])[::-1], 1.0)
+    assert shares.sum() == pytest.approx(1, rel=1e-9)
+    mean = (shares * at).sum()
+    width = ((shares * (at - mean) ** 2).sum()) ** 0.5 / steps
+    assert width == pytest.approx(sigma, rel=0.01)
+
+
+@given(st.integers(1, 10**6), st.sampled_from([1, 7, 100]))
+def test_the_weight_is_that_of_the_published_formula(n: int, interval: int) -> None:
+    rule, t = PowerEMA(0.1), (n + 1) * interval
+    assert 1 - rule.weight(n) == pytest.approx((1 - interval / t) ** (rule.gamma + 1), rel=1e-12)
+
+
+def test_the_widest_is_the_mean() -> None:
+    rule = PowerEMA(12**-0.5)
+    assert [rule.weight(n) for n in range(50)] == pytest.approx(
+        [1 / (n + 1) for n in range(50)], rel=1e-6
+    )
+
+
+# ---------------------------------------------------------------------------------- records
+
+
 def test_defaults() -> None:
     assert SWA().update_interval == "1ep"
     assert EMA().update_interval == "1ba"
@@ -140,7 +255,15 @@ SCHEDULES = {
 RULES: st.SearchStrategy[Rule] = st.one_of(
     st.builds(SWA, **SCHEDULES),
     st.builds(EMA, st.floats(0, 1), **SCHEDULES),
-    st.builds(EMA, half_life=TIMES, **SCHEDULES),
+    st.builds(EMA, half_life=TIMES | st.just("inf"), **SCHEDULES),
+    st.builds(
+        EMA,
+        st.just(0.5),
+        warmup=st.builds(Warmup, st.floats(0.1, 9), st.floats(0.1, 9), st.floats(0, 9)),
+        min_decay=st.floats(0, 0.5),
+        **SCHEDULES,
+    ),
+    st.builds(PowerEMA, st.floats(0.001, 0.28), **SCHEDULES),
 )
 
 
@@ -154,11 +277,21 @@ def test_a_record_is_plain_and_named_by_kind() -> None:
         "kind": "ema",
         "decay": 0.9,
         "half_life": None,
+        "warmup": None,
+        "min_decay": 0.0,
         "start": "0ba",
         "end": None,
         "update_interval": "1ba",
         "include_initial": False,
     }
+
+
+def test_of_custom_functions_the_names_are_recorded() -> None:
+    record = Custom(multi_avg_fn=shares, update_interval="5ba").record()
+    assert (record["kind"], record["avg_fn"], record["multi_avg_fn"]) == ("custom", None, "shares")
+    assert record["update_interval"] == "5ba"
+    with pytest.raises(ConfigError, match="a custom rule's functions are not in the file"):
+        rule_from_record(record)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +303,9 @@ def test_a_record_is_plain_and_named_by_kind() -> None:
         ({"kind": "swa", "decay": 0.9}, "not a rule of this release"),
         ({"kind": "ema", "decay": "much"}, "decay must be in [0, 1], not 'much'"),
         ({"kind": "ema", "decay": 2}, "decay must be in"),
+        ({"kind": "ema", "warmup": {"speed": 1}}, "not a rule of this release"),
+        ({"kind": "ema", "warmup": {"power": "2"}}, "Warmup: power must be a number"),
+        ({"kind": "ema", "warmup": [1]}, "EMA: warmup must be a distavg.Warmup, not [1]"),
     ],
 )
 def test_what_is_no_record(record: dict[str, Any], text: str) -> None:

@@ -171,15 +171,40 @@ def test_no_interval_is_never() -> None:
 
 def test_include_initial_takes_the_weights_at_the_start() -> None:
     at_once = EMA(include_initial=True)
-    assert Schedule("a", at_once, Clock()).starts_at(None, Position())
-    assert not Schedule("a", EMA(), Clock()).starts_at(None, Position())
+    assert Schedule("a", at_once, Clock()).starts_at_once
+    assert not Schedule("a", EMA(), Clock()).starts_at_once
     assert due_steps(at_once, Clock(), 3) == [1, 2, 3]
 
     later = SWA(include_initial=True, start="3ba", update_interval="4ba")
-    assert not Schedule("a", later, Clock()).starts_at(None, Position())
-    assert due_steps(later, Clock(), 12) == [3, 4, 8, 12]
+    assert not Schedule("a", later, Clock()).starts_at_once
+    assert due_steps(later, Clock(), 12) == [3, 7, 11]  # counted from the start
     by_hand = EMA(include_initial=True, start="2ba", update_interval=None)
     assert due_steps(by_hand, Clock(), 5) == [2]
+
+
+def test_an_initial_sample_waits_for_a_whole_step_or_epoch() -> None:
+    """As Composer's SWA, which looks for its start after a batch, or after an epoch."""
+    in_batches = SWA(start="0.7dur", end="0.97dur", update_interval="3ba", include_initial=True)
+    clock = Clock(max_duration="95ba")  # from 66.5 to 92.15
+    assert due_steps(in_batches, clock, 95) == [67, 70, 73, 76, 79, 82, 85, 88, 91]
+    in_epochs = SWA(start="0.7dur", end="0.97dur", update_interval="1ep", include_initial=True)
+    for epochs, first, last in ((9, 7, 8), (10, 7, 9)):  # of 9 epochs 0.7 are 6.3
+        clock = Clock(steps_per_epoch=4, max_duration=f"{epochs}ep")
+        expected = [4 * epoch for epoch in range(first, last + 1)]
+        assert due_steps(in_epochs, clock, 4 * epochs) == expected
+    mixed = SWA(start="5ba", update_interval="1ep", include_initial=True)
+    assert due_steps(mixed, Clock(steps_per_epoch=4), 16) == [8, 12, 16]
+    mixed = SWA(start="1.5ep", update_interval="3ba", include_initial=True)
+    assert due_steps(mixed, Clock(steps_per_epoch=5), 16) == [8, 11, 14]
+
+
+def test_an_initial_sample_alone_is_an_update_only_if_it_comes_later() -> None:
+    late = SWA(start="9ba", update_interval="5ba", include_initial=True)
+    assert due_steps(late, Clock(max_duration="10ba"), 10) == [9]
+    at_once = SWA(update_interval="11ba", include_initial=True)
+    assert "never update: the first update would come after step 11, the last" in message_of(
+        at_once, Clock(max_duration="10ba")
+    )
 
 
 def test_pytorchs_documented_swa_example() -> None:
@@ -211,6 +236,7 @@ def runs(draw: st.DrawFn) -> tuple[Rule, Clock, int]:
         start=draw(times()),
         end=draw(st.none() | times()),
         update_interval=draw(times().filter(lambda text: Time.parse(text).value > 0)),
+        include_initial=draw(st.booleans()),
     )
     # A run ends with the last step that its duration has room for.
     return rule, clock, clock.in_steps(Time.parse(duration)).__floor__()
@@ -219,7 +245,8 @@ def runs(draw: st.DrawFn) -> tuple[Rule, Clock, int]:
 def steps_by_definition(rule: Rule, clock: Clock, num_steps: int) -> list[int]:
     """Which steps cross a multiple of the interval, after the start and not after the end.
 
-    All in steps, as fractions; the multiples are listed, not divided out.
+    All in steps, as fractions; the multiples are listed, not divided out. With an initial sample
+    they are counted from the first whole step or epoch from the start on, which is one of them.
     """
 
     def in_steps(text: str) -> Fraction:
@@ -227,6 +254,12 @@ def steps_by_definition(rule: Rule, clock: Clock, num_steps: int) -> list[int]:
 
     start, interval = in_steps(rule.start), in_steps(str(rule.update_interval))
     multiples = [interval * i for i in range(1, int(num_steps / interval) + 1)]
+    if rule.include_initial:
+        unit = clock.resolve(Time.parse(str(rule.update_interval))).unit
+        whole = in_steps(f"1{unit}")
+        first = next(whole * i for i in range(10_000) if whole * i >= start)
+        multiples = [first] * (first > 0) + [first + multiple for multiple in multiples]
+        start = first - 1
     return [
         step
         for step in range(1, num_steps + 1)
