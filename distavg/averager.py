@@ -6,7 +6,7 @@ import re
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,7 +30,7 @@ from distavg.schedule import Clock, Position, Schedule
 from distavg.shards import ModelShards
 from distavg.state import load_state, state
 from distavg.swap import applied, make_permanent
-from distavg.wrappers import Model, Wrapped
+from distavg.wrappers import Face, Model, Wrapped
 
 __all__ = ["Averager"]
 
@@ -273,12 +273,15 @@ class Averager:
             self._check_usable()
             if not self._shards.is_unchanged:
                 self._follow()
-            other = Wrapped(module)
-            other.reshard()
-            located = [other.locate(each, self._comm.ranks) for each in other.named_tensors()]
-            target = {tensor.fqn: tensor for tensor in located}
+            is_shared = self._shards.is_divided or self._shards.has_stages
+            with self._comm.together("copy_to()") if is_shared else nullcontext():
+                other = Wrapped(module)
+                other.reshard()
+                located = [other.locate(each, self._comm.ranks) for each in other.named_tensors()]
+                target = {tensor.fqn: tensor for tensor in located}
             other.break_graphs()
             copy_into(average, self._shards, target, self._comm)
+            other.face = Face(None)
 
     def full_state_dict(
         self, name: str | None = None, *, all_ranks: bool = False
@@ -590,9 +593,10 @@ class Averager:
         damages = (average.damaged for average in self._averages.values())
         if problem := next(filter(None, (self._broken, self._shards.lost, *damages)), None):
             raise StateError(problem)
-        if self._applied_name() is None and (other := self._shards.applied_name):
+        face = self._shards.face
+        if self._applied_name() is None and face is not None and face.average is not None:
             raise StateError(
-                f"the model's live weights are the average {other!r} of another Averager at "
+                f"the model's live weights are the average {face.average!r} of another Averager at "
                 "present: leave its applied() first"
             )
 

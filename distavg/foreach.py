@@ -125,7 +125,8 @@ class Exchange:
     """The values of pairs of tensors, exchanged in place and back through one bounded buffer.
 
     Both ways can be interrupted at any instant (Ctrl-C) and taken up again: each of a batch's three
-    copies may be repeated, because none writes its own source, and counts only when it is done.
+    copies may be repeated, because none writes its own source, and counts only when it is done. The
+    way back takes the batches in reverse, so that tensors that share memory come back, too.
 
     Args:
         pairs: Tensors of equal shapes, all of one dtype and device.
@@ -161,7 +162,8 @@ class Exchange:
     def _run(self, times: int) -> None:
         while self._num_copies < 3 * len(self._batches) * times:
             number, phase = divmod(self._num_copies, 3)
-            saved, a, b = self._batches[number % len(self._batches)]
+            is_back = number >= len(self._batches)
+            saved, a, b = self._batches[-1 - number % len(self._batches) if is_back else number]
             target, source = ((saved, a), (a, b), (b, saved))[phase]
             torch._foreach_copy_(target, source)
             self._num_copies += 1

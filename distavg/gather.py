@@ -114,27 +114,37 @@ def copy_into(
         ModelMismatch: The modules' tensors differ in name or shape.
     """
     ours = source.by_name
+    theirs = {name: tensor for tensor in target.values() for name in tensor.names}
     # All ranks must decide alike: who divides is known everywhere, layouts are equal on all ranks
     # or on none, and where ranks have different tensors they vote.
-    is_local = not source.is_divided and ours.keys() == target.keys()
-    is_local = is_local and all(tensor.layout == target[fqn].layout for fqn, tensor in ours.items())
+    is_local = not source.is_divided and all(
+        tensor.layout == theirs[name].layout
+        for tensor in ours.values()
+        for name in tensor.names
+        if name in theirs
+    )
     if source.has_stages:
         is_local = all(comm.gather(is_local, "copy_to()"))
     if is_local:
+        _check_same_tensors(source, target)
         kept = [part for tensor in source.tensors if not tensor.is_held for part in tensor.parts]
-        places = {(fqn, part.box): part for fqn, t in target.items() for part in t.parts}
-        shards = [*average.shards(), *kept]
-        targets = [places[shard.fqn, shard.box].tensor for shard in shards]
-        if targets:
-            torch._foreach_copy_(targets, [shard.tensor for shard in shards])
+        parts = {(name, part.box): part.tensor for name, t in theirs.items() for part in t.parts}
+        copies = {
+            id(place): (place, shard.tensor)
+            for shard in [*average.shards(), *kept]
+            for name in ours[shard.fqn].names
+            for place in [parts[name, shard.box]]
+        }
+        if copies:
+            places, values = (list(column) for column in zip(*copies.values(), strict=True))
+            torch._foreach_copy_(places, values)
         return
     source.catalogue_everywhere()
     with comm.together("copy_to()"):
         _check_same_tensors(source, target)
-    target = {name: t for t in target.values() for name in (t.fqn, *t.named.aliases)}
     for fqn, whole in iter_whole_tensors(average.shards(), source, comm, all_ranks=True):
-        if whole is not None and fqn in target:
-            for part in target[fqn].parts:
+        if whole is not None and fqn in theirs:
+            for part in theirs[fqn].parts:
                 part.tensor.copy_(whole[part.box.slices()])
 
 
@@ -158,7 +168,7 @@ def _check_same_tensors(source: ModelShards, target: Mapping[str, LiveTensor]) -
 
 def _shapes(tensors: Iterable[LiveTensor]) -> dict[str, tuple[int, ...]]:
     """By every name, those of tied tensors included."""
-    return {name: t.global_shape for t in tensors for name in (t.fqn, *t.named.aliases)}
+    return {name: tensor.global_shape for tensor in tensors for name in tensor.names}
 
 
 @torch.no_grad()

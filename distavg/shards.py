@@ -12,7 +12,6 @@ import fnmatch
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -26,12 +25,9 @@ from distavg.layout import divide
 from distavg.names import NamedTensor
 from distavg.replicas import ReplicaGroup
 from distavg.tensors import LiveTensor, Shard, Watch
-from distavg.wrappers import Model, Wrapped, ranks_of
+from distavg.wrappers import Face, Model, Wrapped, ranks_of
 
 __all__ = ["GlobalTensor", "ModelShards", "check_equal"]
-
-# The modules whose live weights are replaced at present, with the name of the average.
-_APPLIED: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 # What PyTorch computes with and safetensors files hold.
 _AVERAGED_DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16} | {
@@ -118,11 +114,12 @@ class ModelShards:
             for tensor in self.tensors:
                 tensor.is_held = tensor.fqn in held
                 tensor.is_copied = not (tensor.is_alike and shard_replicas)
-                _check_dtype(tensor)
+                _check_held(tensor)
         self._find_holders(unmatched)
         with comm.together("building an Averager"):
             for tensor in self.tensors:
                 _check_holders(tensor)
+        self._wrapped.guard_graphs()
         self.catalogue: list[GlobalTensor] = []
         self.catalogue_everywhere()
         # Tensors that are held from the same moment on are divided together.
@@ -135,20 +132,14 @@ class ModelShards:
         """All modules of the model on this rank, each once."""
         return self._wrapped.modules
 
-    def mark_applied(self, name: str | None) -> None:
-        """Say that an average is in place of the live weights, or none any more."""
-        for module in self.modules:
-            if name is None:
-                _APPLIED.pop(module, None)
-            else:
-                _APPLIED[module] = name
-
     @property
-    def applied_name(self) -> str | None:
-        """The average of any Averager that is in place of this model's live weights."""
-        if not _APPLIED:
-            return None
-        return next((_APPLIED[module] for module in self.modules if module in _APPLIED), None)
+    def face(self) -> Face | None:
+        """What is in place of the live weights; see `Wrapped.face`."""
+        return self._wrapped.face
+
+    @face.setter
+    def face(self, face: Face | None) -> None:
+        self._wrapped.face = face
 
     def parameters(self) -> Iterator[Tensor]:
         """What an optimizer of this model has: the model's parameters, sharded or not just now."""
@@ -273,6 +264,7 @@ class ModelShards:
         ]
         self._watch = Watch(tensor.anchor for tensor in self.tensors if tensor.is_held)
         self._watch_all = Watch(tensor.anchor for tensor in self.tensors)
+        self._watch_modules = Watch((), self.modules)
 
     @property
     def has_unknown_replicas(self) -> bool:
@@ -290,12 +282,17 @@ class ModelShards:
 
     @property
     def is_current(self) -> bool:
-        """Whether what is averaged still has its storage, and what was frozen still is.
+        """Whether what is averaged has its storage and the modules are those there were.
 
-        Costs about 0.1 µs for each tensor: little enough to be asked at every update.
+        And whether what was frozen still is. Little enough work to be done at every update.
         """
-        return self.has_same_storage and not any(
-            getattr(table.get(key), "requires_grad", False) for table, key in self._frozen_places
+        return (
+            self.has_same_storage
+            and self._watch_modules.is_current
+            and not any(
+                getattr(table.get(key), "requires_grad", False)
+                for table, key in self._frozen_places
+            )
         )
 
     @property
@@ -333,21 +330,22 @@ class ModelShards:
             raise ModelMismatch(
                 f"{name} was {change} the model after its Averager was built: build a new one"
             )
+        wrapped.guard_graphs()
         self._wrapped = wrapped
         thawed = {name for name in self._frozen if thaw and now[name].tensor.requires_grad}
         tensors = []
         has_changed = bool(thawed)
         for old in self.tensors:
             new = wrapped.locate(now[old.fqn], self._comm.ranks, self._replicas)
-            if (new.global_shape, new.boxes) != (old.global_shape, old.boxes):
+            is_held = old.is_held or old.fqn in thawed
+            if is_held and (new.global_shape, new.boxes) != (old.global_shape, old.boxes):
                 raise ModelMismatch(
                     f"{old.fqn} has shape {new.global_shape} and lies here in the boxes "
                     f"{new.boxes}; when its Averager was built it had shape {old.global_shape} and "
                     f"lay in {old.boxes}: build a new one"
                 )
-            new.is_held = old.is_held or old.fqn in thawed
-            new.holders, new.is_copied = old.holders, old.is_copied
-            _check_dtype(new)
+            new.is_held, new.holders, new.is_copied = is_held, old.holders, old.is_copied
+            _check_held(new)
             has_changed |= new.is_held and _storage(new) != _storage(old)
             tensors.append(new)
         self.tensors = tensors
@@ -434,12 +432,24 @@ def _matches(named: NamedTensor, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
-def _check_dtype(tensor: LiveTensor) -> None:
-    if tensor.is_held and tensor.dtype not in _AVERAGED_DTYPES:
+def _check_held(tensor: LiveTensor) -> None:
+    """Whether a tensor that is held can be averaged and saved."""
+    if not tensor.is_held:
+        return
+    leave_out = f"leave it out with exclude=[{tensor.fqn!r}]"
+    if tensor.dtype not in _AVERAGED_DTYPES:
         raise UnsupportedError(
-            f"{tensor.fqn} is {tensor.dtype}, which cannot be averaged or saved; "
-            f"leave it out with exclude=[{tensor.fqn!r}]"
+            f"{tensor.fqn} is {tensor.dtype}, which cannot be averaged or saved; {leave_out}"
         )
+    for part in tensor.parts:
+        if any(
+            n > 1 and step == 0
+            for n, step in zip(part.box.sizes, part.tensor.stride(), strict=True)
+        ):
+            raise UnsupportedError(
+                f"{tensor.fqn} is an expanded tensor: several of its elements are one in memory, "
+                f"so that none can be written alone; clone() it, or {leave_out}"
+            )
 
 
 def _check_holders(tensor: LiveTensor) -> None:
@@ -453,4 +463,5 @@ def _check_holders(tensor: LiveTensor) -> None:
 
 
 def _storage(tensor: LiveTensor) -> object:
-    return tensor.dtype, [(part.tensor.device, part.tensor.data_ptr()) for part in tensor.parts]
+    views = [part.tensor for part in tensor.parts]
+    return tensor.dtype, [(view.device, view.data_ptr(), view.stride()) for view in views]

@@ -21,6 +21,7 @@ from distavg.errors import DistavgError, RankError, StateError
 from distavg.foreach import Exchange
 from distavg.shards import ModelShards
 from distavg.tensors import LiveTensor
+from distavg.wrappers import Face
 
 __all__ = ["applied", "make_permanent"]
 
@@ -75,6 +76,7 @@ class _Swap:
         self._moves: list[_Move] = []  # those begun
         self._is_moved = average.num_updates > 0  # before that, it reads as the live weights
         self._is_shared = self._is_moved and model_shards.is_divided
+        self._face = model_shards.face
         self._versions: list[tuple[LiveTensor, Tensor, int]] = []
 
     def enter(self) -> None:
@@ -98,7 +100,7 @@ class _Swap:
             self._mark_lost(caught)
             raise
         self._average.is_applied = True
-        self._shards.mark_applied(self._average.name)
+        self._shards.face = Face(self._average.name)
         self._versions = [
             (tensor, each, each._version)
             for tensor in self._shards.tensors
@@ -112,7 +114,7 @@ class _Swap:
         written = [tensor for tensor, each, version in self._versions if each._version != version]
         interrupt = self._put_live()
         self._average.is_applied = False
-        self._shards.mark_applied(None)
+        self._shards.face = self._face
         error: DistavgError | None = None
         if has_moved:
             self._shards.lost = (
@@ -271,6 +273,8 @@ def make_permanent(average: Average, model_shards: ModelShards) -> None:
     except BaseException as error:
         model_shards.lost = f"the live weights are a mixture on this rank: {error}"
         raise
+    finally:
+        model_shards.face = Face(None)
 
 
 def _share_pieces(model_shards: ModelShards, doing: str) -> None:
@@ -301,6 +305,7 @@ def _undisturbed(modules: Sequence[nn.Module], devices: set[torch.device]) -> It
         for module in modules
         for key, buffer in module.named_buffers(recurse=False)
     ]
+    transient = [(module, set(module._non_persistent_buffers_set)) for module in modules]
     accelerators = [device for device in devices if device.type not in ("cpu", "meta")]
     kind = accelerators[0].type if accelerators else "cuda"
     try:
@@ -313,8 +318,19 @@ def _undisturbed(modules: Sequence[nn.Module], devices: set[torch.device]) -> It
             if 0 not in buffer.stride():  # nobody can write to an expanded tensor
                 # Always: BatchNorm writes its statistics behind their versions.
                 with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+                    if buffer.shape != saved.shape:
+                        buffer.resize_(saved.shape)
                     buffer.copy_(saved)
-            if getattr(module, key, None) is not buffer:
-                setattr(module, key, buffer)
+            _register(module, key, buffer)
         for module, key in empty:
-            setattr(module, key, None)
+            _register(module, key, None)
+        for module, keys in transient:
+            module._non_persistent_buffers_set = keys
+
+
+def _register(module: nn.Module, key: str, buffer: Tensor | None) -> None:
+    """Put a buffer where it was, whatever has become of it."""
+    if module._buffers.get(key, module) is not buffer:
+        module.__dict__.pop(key, None)
+        module._parameters.pop(key, None)
+        module._buffers[key] = buffer

@@ -1,5 +1,6 @@
 """What is known of a model's tensors on this rank: records that tie no module to a wrapper."""
 
+import itertools
 import operator
 from collections.abc import Hashable, Iterable, MutableMapping
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from distavg.layout import Box
 from distavg.names import NamedTensor
@@ -75,6 +76,11 @@ class LiveTensor:
         return self.named.fqn
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """All its canonical names, that of a tied tensor's first registration before others."""
+        return (self.named.fqn, *self.named.aliases)
+
+    @property
     def boxes(self) -> list[Box]:
         """Where the parts are in the global tensor."""
         return [part.box for part in self.parts]
@@ -111,15 +117,18 @@ class Anchor:
 
 
 class Watch:
-    """Whether tensors still have the storage that they had.
+    """Whether tensors still have the storage that they had, and modules their children.
 
     Costs about 0.1 µs for each tensor, or 0.5 µs when the caches are cold.
 
     Args:
         anchors: The places to look at.
+        modules: The modules; none of their children may be replaced, added or removed.
     """
 
-    def __init__(self, anchors: Iterable[Anchor]) -> None:
+    def __init__(self, anchors: Iterable[Anchor], modules: Iterable[nn.Module] = ()) -> None:
+        self._families = [module._modules for module in modules if module._modules]
+        self._children = self._found_children()
         known = {(id(anchor.table), anchor.key): anchor for anchor in anchors}.values()
         self._lazy = [anchor for anchor in known if anchor.before is not None]
         self._rest: list[tuple[str | None, list[MutableMapping[str, Any]], list[str]]] = []
@@ -132,6 +141,8 @@ class Watch:
     @property
     def is_current(self) -> bool:
         """Whether all storage is where it was."""
+        if self._found_children() != self._children:  # modules compare by identity
+            return False
         tensors: list[Tensor] = []
         try:  # all of it in C: a loop in Python takes twice as long
             for within, tables, keys in self._rest:
@@ -145,6 +156,9 @@ class Watch:
             anchor.table.get(anchor.key, anchor.before).data_ptr() == anchor.address
             for anchor in self._lazy
         )
+
+    def _found_children(self) -> list[nn.Module | None]:
+        return [*itertools.chain.from_iterable(map(dict.values, self._families))]
 
 
 _DATA_PTR = Tensor.data_ptr

@@ -24,26 +24,33 @@ moves them):
   `_full_prec_full_param_padded`, `_param_infos`, `_shared_param_infos`, `_shard_param_infos`,
   `_params`, `_tensors`, `_shapes`, `_strides`, `_contiguities`, `_numels_with_padding`,
   `_sharded_size`, `_param_extensions`.
+* `torch.nn.utils.parametrize._cache`.
 * DTensor: `_local_tensor`, which `to_local()` returns after 1 µs of checks.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
 
 from distavg.errors import ConfigError, StateError, UnsupportedError
 from distavg.layout import Box, nested_extent, range_boxes
 from distavg.names import Flattened, NamedTensor, named_tensors
 from distavg.tensors import Anchor, LiveTensor, Shard
 
-__all__ = ["Model", "Wrapped", "ranks_of"]
+__all__ = ["Face", "Model", "Wrapped", "ranks_of"]
 
 Model = nn.Module | Mapping[str, nn.Module]
 
@@ -64,6 +71,7 @@ class Wrapped:
         for root in roots:
             if not isinstance(root, nn.Module):
                 raise ConfigError(f"Averager: a {type(root).__name__} is not a torch.nn.Module")
+        self._roots = roots
         self.modules = list(dict.fromkeys(m for root in roots for m in root.modules()))
         self._groups = [
             group for m in self.modules if isinstance(m, FSDPModule) for group in _groups_of(m)
@@ -132,6 +140,33 @@ class Wrapped:
                 if tensor is not None:
                     torch.autograd.graph.increment_version(tensor)
 
+    def guard_graphs(self) -> None:
+        """From now on, make a backward raise if its forward saw other weights.
+
+        Autograd compares the versions of what a forward saved. Activation checkpoints save no
+        weights, and would silently compute with those of another side of a swap.
+        """
+        for module in [
+            *self._roots,
+            *(m for m in self.modules if isinstance(m, CheckpointWrapper)),
+        ]:
+            if _remember_face not in module._forward_hooks.values():
+                # Before FSDP2's own hook, whose hook on the output would gather parameters first.
+                module.register_forward_hook(_remember_face, prepend=True)
+
+    @property
+    def face(self) -> "Face | None":
+        """What stands in place of the model's weights at present; None: what training left."""
+        return next(filter(None, map(_FACES.get, self.modules)), None)
+
+    @face.setter
+    def face(self, face: "Face | None") -> None:
+        for module in self.modules:
+            _FACES[module] = face
+        # What PyTorch has derived from the weights that were there before.
+        torch.clear_autocast_cache()
+        parametrize._cache.clear()
+
     def named_tensors(self) -> list[NamedTensor]:
         """Every parameter and persistent buffer, after `reshard`."""
         elsewhere: dict[nn.Module, dict[str, Flattened]] = {}
@@ -161,9 +196,19 @@ class Wrapped:
             replicas: The ranks that hold the same plain parameters; None if not known.
 
         Raises:
-            ConfigError: It is on the meta device, or on ranks that are not among `ranks`.
-            UnsupportedError: Placements or meshes that are not understood.
+            ConfigError: It is on the meta device or lazy, or on ranks that are not among `ranks`.
+            UnsupportedError: Placements, meshes or tensors that are not understood.
         """
+        if is_lazy(named.tensor):
+            raise ConfigError(
+                f"{named.fqn} of a lazy module has no shape yet: run a forward before building an "
+                "Averager"
+            )
+        if named.tensor.layout != torch.strided or named.tensor.is_quantized:
+            raise UnsupportedError(
+                f"{named.fqn} is a sparse or quantized tensor, which distavg does not understand: "
+                "register it with persistent=False, if it is a buffer"
+            )
         if named.tensor.is_meta:
             raise ConfigError(
                 f"{named.fqn} is on the meta device: materialise the model (to_empty, then its "
@@ -236,6 +281,43 @@ class Wrapped:
             groups,
             anchor,
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Face:
+    """What stands in place of the weights that training left: equal only to itself.
+
+    Attributes:
+        average: The name of the average of any Averager that stands there for a while; None: an
+            average has become the live weights.
+    """
+
+    average: str | None
+
+
+_FACES: WeakKeyDictionary[nn.Module, Face | None] = WeakKeyDictionary()
+
+
+def _remember_face(module: nn.Module, args: object, output: object) -> None:
+    """A forward hook: the backward of this output needs the weights that are there now."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return
+    face = _FACES.get(module)
+
+    def check(gradient: object) -> None:
+        if _is_another(_FACES.get(module), face):
+            raise StateError(
+                "backward() on the other side of an applied() or copy_to() than its forward, so "
+                "that the weights are others: run both before it, inside, or after it"
+            )
+
+    for tensor in tree_leaves(output):
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
+            tensor.register_hook(check)  # type: ignore[no-untyped-call]
+
+
+def _is_another(face: Face | None, other: Face | None) -> bool:
+    return face is not other
 
 
 def _is_ignored(named: NamedTensor) -> bool:

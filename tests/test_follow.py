@@ -14,8 +14,10 @@ from checks import RULES, cloned, differences, error_of, feed, same, torch_avera
 from models import Awkward, Uneven, build, reshard, set_weights, unwrapped, weights_at
 from ranks import run_ranks
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.nn.parallel import DistributedDataParallel
 
 from distavg import EMA, SWA, Averager
 
@@ -299,3 +301,105 @@ def test_tensors_that_come_or_go_are_named() -> None:
     text = error_of(averager.applied().__enter__)
     assert text.startswith("ModelMismatch: head.weight was untied from embed.weight in the model")
     assert removed("added").startswith("ModelMismatch: 0.extra was added to the model")
+
+
+# ---------------------------------------------------------------- the tree of modules
+
+
+def replaced_head(layout: str) -> tuple[list[str], str]:
+    """A layer is exchanged for another of the same shapes; then one is added."""
+    torch.manual_seed(0)
+    head, more = nn.Linear(3, 3), nn.Linear(3, 3)
+    model: Any = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    if layout == "ddp":
+        model = DistributedDataParallel(model)
+    elif layout == "fsdp2":
+        for each in (*model, head, more):
+            fully_shard(each)
+        fully_shard(model)
+    averager = Averager(model, EMA(0.5))
+    feed(averager, model, range(2))
+    unwrapped(model)[1] = head
+    expected = averager.full_state_dict(all_ranks=True)
+    for step in range(2, 5):
+        weights = weights_at(model, step)
+        set_weights(model, weights)
+        averager.step()
+        for name, weight in weights.items():
+            expected[name].lerp_(weight, 0.5)
+    wrong = differences(averager.full_state_dict(all_ranks=True), expected)
+    unwrapped(model).append(more)
+    return wrong, error_of(averager.step)
+
+
+@pytest.mark.parametrize("layout", ["plain", "ddp", "fsdp2"])
+def test_a_module_that_is_replaced_or_added_is_noticed_at_the_next_step(layout: str) -> None:
+    for wrong, text in run_ranks(replaced_head, 1 if layout == "plain" else 2, layout):
+        assert wrong == []
+        assert text.startswith("ModelMismatch: 2.bias was added to the model")
+
+
+def test_a_parameter_that_becomes_none_is_named() -> None:
+    model = nn.Linear(2, 2)
+    averager = Averager(model, EMA())
+    model.bias = None
+    assert error_of(averager.step).startswith("ModelMismatch: bias was removed from the model")
+
+
+def test_a_live_buffer_may_change_its_shape() -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("cache", torch.zeros(3))
+    averager = Averager(model, EMA())
+    averager.step()
+    model.cache = torch.ones(5)
+    with averager.applied():
+        pass
+    assert same(averager.full_state_dict()["cache"], torch.ones(5))
+
+
+def test_weights_that_are_transposed_in_place_are_followed() -> None:
+    model = nn.Linear(3, 3, bias=False)
+    averager = Averager(model, EMA(0.5))
+    averager.step()
+    model.weight.data = model.weight.data.t()
+    with averager.applied():  # looks at everything
+        pass
+    before = averager.full_state_dict()["weight"]
+    averager.step()
+    assert same(averager.full_state_dict()["weight"], before.lerp(model.weight.detach(), 0.5))
+
+
+# ---------------------------------------------------------------- inference mode
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_memory_that_is_taken_in_inference_mode_is_for_training(dtype: torch.dtype | None) -> None:
+    model = build("plain", Uneven)
+    with torch.inference_mode():
+        averager = Averager(model, EMA(0.5))
+    feed(averager, model, range(2))
+    model.get_parameter("frozen").requires_grad_(True)
+    if dtype is not None:
+        model.to(dtype)
+    with torch.inference_mode(), averager.applied():
+        pass
+    feed(averager, model, range(2, 4))
+    assert averager["ema"].num_updates == 4
+
+
+# ---------------------------------------------------------------- what cannot be averaged
+
+
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation")
+def test_tensors_that_are_not_understood_are_named() -> None:
+    lazy = nn.LazyLinear(3)
+    assert "weight of a lazy module has no shape yet" in error_of(Averager, lazy, EMA())
+    model = nn.Linear(2, 2)
+    model.register_buffer("rows", torch.eye(2).to_sparse())
+    assert "rows is a sparse or quantized tensor" in error_of(Averager, model, EMA())
+    model.register_buffer("rows", torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8))
+    assert "rows is a sparse or quantized tensor" in error_of(Averager, model, EMA())
+    model.register_buffer("rows", None)
+    model.weight = nn.Parameter(torch.ones(1, 2).expand(2, 2))
+    assert "weight is an expanded tensor" in error_of(Averager, model, EMA())
+    assert error_of(Averager, model, EMA(), exclude=["weight"]) == "nothing"

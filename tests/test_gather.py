@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 from unittest import mock
 
@@ -20,13 +21,14 @@ from checks import (
     outputs_with,
     same,
     storages,
+    timed_error_of,
     torch_average,
     trained,
 )
 from models import Awkward, Uneven, build, unwrapped, whole_weights
 from ranks import run_ranks
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import distavg
 
@@ -213,6 +215,46 @@ def test_a_teacher_of_another_model_is_refused_on_all_ranks(change: str, message
     for text in run_ranks(teacher_that_differs, 2, change):
         assert text.startswith("ModelMismatch: ")
         assert message in text
+
+
+def teacher_unlike_on_one_rank(layout: str, change: str) -> tuple[str, float]:
+    _, averager = trained(layout, Uneven, timeout=timedelta(seconds=20))
+    teacher: Any = build(layout, Uneven, seed=77)
+    if dist.get_rank() == 1:
+        if change == "extra":
+            unwrapped(teacher).extra = nn.Parameter(torch.zeros(2))
+        else:
+            teacher = nn.Linear(2, 2, device="meta")
+    return timed_error_of(averager.copy_to, teacher, "swa")
+
+
+@pytest.mark.parametrize("change", ["extra", "meta"])
+@pytest.mark.parametrize("layout", ["fsdp2", "ddp"])
+def test_a_teacher_that_is_another_on_one_rank_is_an_error_at_once(
+    layout: str, change: str
+) -> None:
+    """On all ranks where they meet; otherwise on that one, and the others need nobody."""
+    found = run_ranks(teacher_unlike_on_one_rank, 2, layout, change)
+    expected = "only the target has a tensor extra" if change == "extra" else "on the meta device"
+    assert expected in found[1][0]
+    assert expected in found[0][0] if layout == "ddp" else found[0][0] == "nothing"
+    assert max(seconds for _, seconds in found) < 10
+
+
+def untied_teacher() -> list[str]:
+    """A teacher in the same layout whose tied tensors are two."""
+    _, averager = trained("fsdp2", Uneven)
+    teacher = Uneven()
+    teacher.head.weight = nn.Parameter(torch.zeros_like(teacher.head.weight))
+    fully_shard(teacher)
+    averager.copy_to(teacher, "swa")
+    expected = averager.full_state_dict("swa", all_ranks=True)
+    found = {n: p.full_tensor() for n, p in teacher.named_parameters()}
+    return differences(found, {n: expected[n] for n in found})
+
+
+def test_a_teacher_may_have_two_tensors_for_one_that_is_tied() -> None:
+    assert run_ranks(untied_teacher, 2) == [[], []]
 
 
 def permanent(layout: str) -> tuple[list[str], bool, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -48,10 +49,15 @@ from models import (
 )
 from ranks import run_ranks
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 import distavg
-from distavg import StateError, foreach, swap
+from distavg import StateError, foreach, swap, wrappers
 
 SHORT = timedelta(seconds=5)
 
@@ -161,8 +167,18 @@ def test_updates_read_the_sharded_storage(layout: str, world_size: int) -> None:
     assert run_ranks(update_while_unsharded, world_size, layout) == [[]] * world_size
 
 
-def graphs_across_swaps(layout: str) -> list[str]:
-    """What backwards of graphs that span a swap raise: made before it, or inside."""
+def graphs_across_swaps(layout: str, is_guarded: bool) -> list[str]:
+    """What backwards of graphs that span a swap raise: made before it, or inside.
+
+    Without the guard, which is for activation checkpoints, autograd finds them alone.
+    """
+    with contextlib.ExitStack() as stack:
+        if not is_guarded:
+            stack.enter_context(mock.patch.object(wrappers, "_is_another", return_value=False))
+        return backwards_across_swaps(layout)
+
+
+def backwards_across_swaps(layout: str) -> list[str]:
     found = []
     model, averager = trained(layout, model_class(layout))
     value = loss(model)
@@ -182,9 +198,163 @@ def graphs_across_swaps(layout: str) -> list[str]:
 
 @pytest.mark.parametrize(("layout", "world_size"), ONCE)
 def test_autograd_notices_a_graph_that_spans_a_swap(layout: str, world_size: int) -> None:
-    for texts in run_ranks(graphs_across_swaps, world_size, layout):
+    for texts in run_ranks(graphs_across_swaps, world_size, layout, False):
         for text in texts:
             assert re.search("modified (by an )?inplace", text), text
+
+
+@pytest.mark.parametrize(("layout", "world_size"), FEW)
+def test_a_backward_on_the_other_side_of_a_swap_says_so(layout: str, world_size: int) -> None:
+    for inside, after, from_inside in run_ranks(graphs_across_swaps, world_size, layout, True):
+        for text in (inside, from_inside):
+            assert text.startswith("StateError: backward() on the other side of an applied()")
+        assert re.search("modified (by an )?inplace", after), after
+
+
+class Recomputed(nn.Module):
+    """Layers whose activations are computed again in the backward."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        layers = [nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3)]
+        wrapped = [checkpoint_wrapper(each) if how == "wrapper" else each for each in layers]
+        self.layers = nn.ModuleList(wrapped)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            if self.how == "wrapper":
+                x = layer(x)
+            else:
+                x = checkpoint(layer, x, use_reentrant=self.how == "reentrant")
+        return x
+
+
+def recomputed_across_swaps(layout: str, how: str) -> list[str]:
+    torch.manual_seed(0)
+    model: Any = Recomputed(how)
+    if layout == "ddp":
+        model = DistributedDataParallel(model)
+    elif layout == "fsdp2":
+        for layer in model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    averager = distavg.Averager(model, distavg.EMA(0.5), replicas=dist.group.WORLD)
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1)
+        averager.step()
+    x = torch.ones(2, 6, requires_grad=True)
+
+    def forward_and_backward() -> None:
+        model(x).sum().backward()
+
+    found = [error_of(forward_and_backward)]
+    across = model(x).sum()
+    with averager.applied():
+        found.append(error_of(across.backward))
+    with averager.applied():
+        inside = model(x).sum()
+        found.append(error_of(forward_and_backward))
+    found.append(error_of(inside.backward))
+    permanent = model(x).sum()
+    averager.copy_to()
+    return [*found, error_of(permanent.backward), error_of(forward_and_backward)]
+
+
+@pytest.mark.parametrize("how", ["wrapper", "reentrant", "not reentrant"])
+@pytest.mark.parametrize("layout", ["plain", "ddp", "fsdp2"])
+def test_recomputed_activations_are_not_those_of_other_weights(layout: str, how: str) -> None:
+    for texts in run_ranks(recomputed_across_swaps, 2, layout, how):
+        across = "StateError: backward() on the other side of an applied()"
+        is_right = [text.startswith(across) for text in texts]
+        assert is_right == [False, True, False, True, True, False], texts
+        assert [texts[i] for i in (0, 2, 5)] == ["nothing"] * 3
+
+
+# ------------------------------------------------ what PyTorch derives from weights, and keeps
+
+
+def test_weights_that_share_memory_come_back() -> None:
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9, bias=False), nn.Linear(4, 5))
+    embedding, head = model[0].weight, model[1].weight
+    head.data = embedding.data  # tied behind the names
+    model[2].weight = nn.Parameter(embedding.data[2:7])
+    averager = distavg.Averager(model, distavg.EMA(0.5))
+    feed(averager, model, range(3))
+    set_weights(model, weights_at(model, 7))
+    live, average = embedding.detach().clone(), averager.full_state_dict()["0.weight"]
+    with mock.patch.object(foreach, "_CPU_CHUNK_BYTES", 32):
+        with averager.applied():
+            assert same(embedding, average)
+        assert same(embedding, live)
+        with averager.applied():
+            assert same(embedding, average)
+        assert same(embedding, live)
+
+
+@torch.no_grad()
+def test_casts_that_autocast_keeps_are_of_the_present_weights() -> None:
+    model = nn.Linear(4, 4)
+    averager = distavg.Averager(model, distavg.EMA(0.5))
+    feed(averager, model, range(3))
+    x = torch.ones(2, 4)
+
+    def output() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x)
+
+    with averager.applied():
+        average = output()
+    live = output()
+    assert not same(average, live)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same(model(x), live)
+        with averager.applied():
+            assert same(model(x), average)
+        assert same(model(x), live)
+        averager.copy_to()
+        assert same(model(x), average)
+
+
+@torch.no_grad()
+def test_parametrizations_that_are_kept_are_of_the_present_weights() -> None:
+    model = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    averager = distavg.Averager(model, distavg.EMA(0.5))
+    for step in range(3):
+        for index, parameter in enumerate(model.parameters()):
+            parameter.fill_(step + index + 1)
+        averager.step()
+    x = torch.ones(2, 4)
+    live = model(x)
+    with averager.applied():
+        average = model(x)
+    assert not same(average, live)
+    with parametrize.cached():
+        assert same(model(x), live)
+        with averager.applied():
+            assert same(model(x), average)
+        assert same(model(x), live)
+
+
+def test_buffers_are_put_back_whatever_became_of_them() -> None:
+    model = nn.BatchNorm1d(3)
+    model.register_buffer("cache", torch.arange(4.0), persistent=False)
+    model.register_buffer("table", torch.arange(5.0))
+    buffers = dict(model.named_buffers())
+    before = {name: buffer.clone() for name, buffer in buffers.items()}
+    averager = distavg.Averager(model, distavg.EMA(0.5))
+    averager.step()
+    with averager.applied():
+        del model.cache
+        model.cache = "something else"
+        model.table.resize_(2)
+        model.running_mean = None
+    assert dict(model.named_buffers()) == buffers  # the very same
+    assert differences(dict(model.named_buffers()), before) == []
+    assert "cache" not in model.state_dict()
+    assert model.cache is buffers["cache"]
 
 
 def bf16_trace(layout: str) -> tuple[list[str], bool]:

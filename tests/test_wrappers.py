@@ -42,14 +42,16 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 from torch.distributed.tensor import Shard as ShardPlacement
 from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
 from distavg import Averager, UnsupportedError
-from distavg.wrappers import Wrapped
+from distavg.comm import Comm
+from distavg.shards import ModelShards
+from distavg.wrappers import Wrapped, _cuts
 
 
 def in_fsdp2(model: TokenModel, **options: Any) -> nn.Module:
@@ -402,6 +404,76 @@ def test_placements_that_are_not_contiguous_are_refused() -> None:
     strided = [ShardPlacement(0), _StridedShard(0, split_factor=2)]
     for ((_, how),) in run_ranks(distributed, 4, strided, [(8, 6)]):
         assert "these are not the contiguous pieces" in how
+
+
+def partial() -> str:
+    mesh = init_device_mesh("cpu", (2,))
+    module = nn.Module()
+    module.weight = nn.Parameter(DTensor.from_local(torch.ones(8, 6), mesh, [Partial()]))
+    return error_of(Averager, module, RULES)
+
+
+def test_sums_that_are_not_added_up_are_refused() -> None:
+    for text in run_ranks(partial, 2):
+        assert "these are not the contiguous pieces" in text
+
+
+def test_a_strided_shard_lies_within_those_to_its_right() -> None:
+    plain, by_2, by_4 = (
+        ShardPlacement(0),
+        _StridedShard(0, split_factor=2),
+        _StridedShard(0, split_factor=4),
+    )
+    place = (1, 0, 1)
+    nested = [[(2, 1), (2, 0), (2, 1)]]  # plain, by_2 within it, by_4 within both
+    assert _cuts([by_4, by_2, plain], (2, 2, 2), place, 1) == nested
+    assert _cuts([by_4, plain, plain], (2, 2, 2), place, 1) is None  # within 2 first, not 4
+    assert _cuts([plain, by_2], (2, 1), (1, 0), 1) is None  # within nothing
+
+
+def stored_by_columns(flat: bool) -> list[str]:
+    whole = torch.arange(35.0).view(7, 5).t()
+    model = nn.Linear(7, 5, bias=False)
+    model.weight = nn.Parameter(whole.clone(memory_format=torch.preserve_format))
+    wrapped = FullyShardedDataParallel(
+        model, use_orig_params=not flat, device_id=torch.device("cpu")
+    )
+    owned = ModelShards(wrapped, Comm()).owned
+    assert owned
+    return [str(each.box) for each in owned if not same(each.tensor, whole[each.box.slices()])]
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_fsdp1_keeps_the_order_in_memory_of_a_transposed_parameter(flat: bool) -> None:
+    assert run_ranks(stored_by_columns, 2, flat) == [[], []]
+
+
+def ignored_by_ddp() -> tuple[list[str], str]:
+    model = nn.Linear(3, 3)
+    nn.init.constant_(model.bias, dist.get_rank())
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["bias"])
+    shards = ModelShards(DistributedDataParallel(model), Comm())
+    return [t.fqn for t in shards.tensors if t.is_alike], error_of(shards.check_replicas, "x")
+
+
+def test_parameters_that_ddp_was_told_to_ignore_may_differ() -> None:
+    assert run_ranks(ignored_by_ddp, 2) == [(["weight"], "nothing")] * 2
+
+
+def currents(layout: str) -> list[bool]:
+    """Whether nothing seems to have changed: before the first forward, and after some."""
+    model = build(layout, Uneven)
+    shards = ModelShards(model, Comm())
+    found = [shards.is_unchanged]
+    outputs(model)
+    found.append(shards.is_unchanged)
+    backward(model)
+    return [*found, shards.is_unchanged]
+
+
+@pytest.mark.parametrize("layout", ["fsdp1", "fsdp1-flat", "fsdp1-grad-op", "fsdp2", "fsdp2-keep"])
+def test_forwards_and_backwards_change_nothing(layout: str) -> None:
+    assert run_ranks(currents, 2, layout) == [[True] * 3] * 2
 
 
 def on_a_descending_mesh() -> str:
