@@ -40,7 +40,11 @@ def inspect(path: Path, *, tensors: bool) -> None:
     click.echo(f"{path}: committed {committed:%Y-%m-%d %H:%M:%S} UTC")
     click.echo(f"step {manifest.steps}, epoch {float(manifest.epochs):g}")
     for name, average in manifest.averages.items():
-        settings = ", ".join(f"{k}={v!r}" for k, v in average.rule.items() if k != "kind")
+        settings = ", ".join(
+            f"{key}={value!r}"
+            for key, value in average.rule.items()
+            if key != "kind" and value is not None and value is not False
+        )
         click.echo(f"{name}: {str(average.rule.get('kind')).upper()}({settings})")
         click.echo(
             f"  {average.num_updates} updates, {len(average.tensors)} tensors, "

@@ -37,12 +37,11 @@ def test_inspect(checkpoint: Path) -> None:
     assert first.endswith(" UTC")
     average = read_manifest(checkpoint).averages["ema"]
     size = f"{len(average.tensors)} tensors, {average.nbytes:,} bytes in 1 files"
-    schedule = "end=None, update_interval={!r}, include_initial=False"
     assert lines == [
         "step 5, epoch 2.5",
-        f"ema: EMA(start='1ba', {schedule.format('1ba')}, decay=0.9, half_life=None)",
+        "ema: EMA(start='1ba', update_interval='1ba', decay=0.9, min_decay=0.0)",
         f"  4 updates, {size}",
-        f"swa: SWA(start='0ba', {schedule.format('1ep')})",
+        "swa: SWA(start='0ba', update_interval='1ep')",
         f"  2 updates, {size}",
         "written by also=: train",
     ]
