@@ -17,8 +17,9 @@ __all__ = ["Blend", "Exchange", "Lerp", "as_bytes", "checksum", "chunks"]
 # Size of one chunk where data passes through a temporary. On a CPU the temporary should stay in
 # a core's L2 cache; on an accelerator a chunk must run well past the launch of its kernels.
 _CPU_CHUNK_BYTES = 2**20
-# Live weights that all averages take on a CPU before the next are read.
-_CPU_BLOCK_BYTES = 2**22
+# Live weights that all averages take on a CPU before the next are read: they should stay in the
+# last level cache. Smaller blocks cost a single average more than they spare several.
+_CPU_BLOCK_BYTES = 2**23
 _ACCELERATOR_CHUNK_BYTES = 2**25
 
 
@@ -87,7 +88,7 @@ def _blocks(rows: Sequence[tuple[Tensor, ...]]) -> Iterator[_Block]:
     others = {average.dtype for average in rows[0][1:]} - {live.dtype}
     if others:  # the buffer should stay in the cache until the averages have read it
         limit = min(_chunk_elements(live.device, dtype) for dtype in others)
-    elif live.device.type == "cpu":
+    elif live.device.type == "cpu" and len(rows[0]) > 2:  # several averages
         limit = _CPU_BLOCK_BYTES // live.itemsize
     else:
         limit = sum(row[0].numel() for row in rows)

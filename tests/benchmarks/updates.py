@@ -1,4 +1,4 @@
-"""The update of one EMA: distavg against one flat lerp over the same bytes, and AveragedModel.
+"""An update: distavg against one flat lerp over the same bytes, and AveragedModel; three at once.
 
     python tests/benchmarks/updates.py
     torchrun --standalone --nproc-per-node 2 tests/benchmarks/updates.py
@@ -41,7 +41,13 @@ def compare(name: str, count: int) -> list[dict[str, Any]]:
     }
     unchecked = Unchecked(model, distavg.EMA(0.999))
     unchecked.step()
-    contestants = {"distavg, EMA": averager.step, "the same without its check": unchecked.step}
+    three = distavg.Averager(model, {f"ema-{d}": distavg.EMA(d) for d in (0.9, 0.99, 0.999)})
+    three.step()
+    contestants = {
+        "distavg, EMA": averager.step,
+        "the same without its check": unchecked.step,
+        "distavg, three EMAs": three.step,
+    }
     against = "AveragedModel, EMA"
     if not dist.is_initialized():
         against = "one flat lerp_"
@@ -64,6 +70,8 @@ def compare(name: str, count: int) -> list[dict[str, Any]]:
             table,
             against,
         )
+        ms = {row["what"]: row["median_ms"] for row in table}
+        print(f"three EMAs / one: {ms['distavg, three EMAs'] / ms['distavg, EMA']:.2f}")
     return table
 
 
