@@ -65,7 +65,7 @@ class Averager:
         exclude: Patterns of canonical names to leave out.
         buffers: `"live"`: evaluation uses the live ones. `"copied"`: taken at each update, as
             PyTorch's AveragedModel does. `"averaged"`: floating ones by the rule, others copied.
-            Each rank keeps its own, since buffers may differ between ranks; rank 0's are saved.
+            Each rank keeps its own, since buffers may differ between ranks; the first's are saved.
         timeout: How long collectives of this object wait for a rank; None for PyTorch's default.
 
     Raises:

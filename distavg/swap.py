@@ -2,8 +2,8 @@
 
 Going in, each rank exchanges the shards that it owns: in place where average and live weights
 have one dtype, so that the live values wait in the average's memory. Where replicas divide the
-average, each owner then broadcasts its part to the others. Coming back is the same exchange, and
-the same broadcast with the live values. Where nothing is replicated the weights need no
+average, each owner then sends its part to the others. Coming back is the same exchange, and
+the same messages with the live values. Where nothing is replicated the weights need no
 communication; the ranks only tell each other that all went well.
 """
 
@@ -41,8 +41,8 @@ def applied(average: Average, model_shards: ModelShards, comm: Comm) -> Iterator
     """The body runs with the average in place of the live weights. Collective at both ends.
 
     Going in: a vote of all ranks, then, where replicas divide the average, a checksum of them
-    and a broadcast of every piece from its owner. Coming back: an all-gather of one integer,
-    then the broadcast of the live pieces. A rank whose body raised does not wait for the others,
+    and every piece from its owner. Coming back: an all-gather of one integer, then the live
+    pieces. A rank whose body raised does not wait for the others,
     unless they need its pieces.
 
     Before the average's first update nothing is moved; all else is the same.

@@ -250,7 +250,7 @@ def _free_name(name: str, taken: set[str]) -> str:
 def _check_copies(
     averages: Sequence[Average], model_shards: ModelShards, comm: Comm, doing: str
 ) -> None:
-    """Compare the averages that every rank holds whole, of which only rank 0's are saved."""
+    """Compare the averages that every rank holds whole, of which only the first's are saved."""
     for average in averages:
         copies: dict[str, tuple[tuple[int, ...], list[Tensor]]] = {}
         for shard in average.shards():
