@@ -262,9 +262,10 @@ class ModelShards:
             ({"": t.named.tensor}, "") if t.named.flattened else (t.anchor.table, t.anchor.key)
             for t in frozen
         ]
-        self._watch = Watch(tensor.anchor for tensor in self.tensors if tensor.is_held)
+        held = [tensor.anchor for tensor in self.tensors if tensor.is_held]
+        self._watch = Watch(held, self.modules)
+        self._watch_storage = Watch(held)
         self._watch_all = Watch(tensor.anchor for tensor in self.tensors)
-        self._watch_modules = Watch((), self.modules)
 
     @property
     def has_unknown_replicas(self) -> bool:
@@ -286,24 +287,20 @@ class ModelShards:
 
         And whether what was frozen still is. Little enough work to be done at every update.
         """
-        return (
-            self.has_same_storage
-            and self._watch_modules.is_current
-            and not any(
-                getattr(table.get(key), "requires_grad", False)
-                for table, key in self._frozen_places
-            )
+        return self._watch.is_current() and not (
+            self._frozen_places
+            and any(getattr(t.get(k), "requires_grad", False) for t, k in self._frozen_places)
         )
 
     @property
     def has_same_storage(self) -> bool:
         """Whether what is averaged still has its storage."""
-        return self._watch.is_current
+        return self._watch_storage.is_current()
 
     @property
     def is_unchanged(self) -> bool:
         """The same of all tensors, buffers and frozen ones included."""
-        return self.is_current and self._watch_all.is_current
+        return self.is_current and self._watch_all.is_current()
 
     def follow(self, *, thaw: bool = True) -> bool:
         """Take up what has changed since: storage, dtypes, devices, unfrozen parameters.

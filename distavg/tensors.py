@@ -34,6 +34,8 @@ class Shard:
 
     def part(self, box: Box) -> "Shard":
         """The shard at a box, in global coordinates, that lies in this one."""
+        if box == self.box:
+            return self
         view = self.tensor[box.relative_to(self.box).slices()]
         return Shard(self.fqn, box, self.global_shape, view)
 
@@ -128,37 +130,33 @@ class Watch:
 
     def __init__(self, anchors: Iterable[Anchor], modules: Iterable[nn.Module] = ()) -> None:
         self._families = [module._modules for module in modules if module._modules]
-        self._children = self._found_children()
-        known = {(id(anchor.table), anchor.key): anchor for anchor in anchors}.values()
+        self._children = [child for family in self._families for child in family.values()]
+        known = list({(id(anchor.table), anchor.key): anchor for anchor in anchors}.values())
+        plain = [each for each in known if each.within is None and each.before is None]
+        self._tables = [anchor.table for anchor in plain]
+        self._keys = [anchor.key for anchor in plain]
+        self._addresses = [anchor.address for anchor in plain]
+        sharded = [(each, each.within) for each in known if each.within is not None]
+        self._sharded = [(each.table, each.key, within) for each, within in sharded]
+        self._sharded_addresses = [anchor.address for anchor, _ in sharded]
         self._lazy = [anchor for anchor in known if anchor.before is not None]
-        self._rest: list[tuple[str | None, list[MutableMapping[str, Any]], list[str]]] = []
-        self._addresses: list[int] = []
-        for within in dict.fromkeys(anchor.within for anchor in known if anchor.before is None):
-            alike = [a for a in known if a.before is None and a.within == within]
-            self._rest.append((within, [a.table for a in alike], [a.key for a in alike]))
-            self._addresses += [anchor.address for anchor in alike]
 
-    @property
     def is_current(self) -> bool:
-        """Whether all storage is where it was."""
-        if self._found_children() != self._children:  # modules compare by identity
-            return False
-        tensors: list[Tensor] = []
-        try:  # all of it in C: a loop in Python takes twice as long
-            for within, tables, keys in self._rest:
-                found = map(operator.getitem, tables, keys)
-                tensors += found if within is None else map(operator.attrgetter(within), found)
-            if list(map(_DATA_PTR, tensors)) != self._addresses:
-                return False
+        """Whether all storage is where it was, and all modules."""
+        # As much as can be in C, and in one place: between two steps the caches turn cold, and
+        # what counts is how much memory, code included, is looked at.
+        try:
+            return (
+                [*map(Tensor.data_ptr, map(operator.getitem, self._tables, self._keys))]
+                == self._addresses
+                and [*itertools.chain.from_iterable(map(dict.values, self._families))]
+                == self._children
+                and [getattr(table[key], within).data_ptr() for table, key, within in self._sharded]
+                == self._sharded_addresses
+                and all(
+                    each.table.get(each.key, each.before).data_ptr() == each.address
+                    for each in self._lazy
+                )
+            )
         except (KeyError, AttributeError, TypeError):  # not there, or something else is
             return False
-        return all(
-            anchor.table.get(anchor.key, anchor.before).data_ptr() == anchor.address
-            for anchor in self._lazy
-        )
-
-    def _found_children(self) -> list[nn.Module | None]:
-        return [*itertools.chain.from_iterable(map(dict.values, self._families))]
-
-
-_DATA_PTR = Tensor.data_ptr
