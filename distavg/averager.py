@@ -188,7 +188,7 @@ class Averager:
         before, after = self._position, self._clock.after_step(self._position)
         due = [a for a in self._averages.values() if a.schedule.due(before, after)]
         if due:
-            self._follow_if_needed()
+            self._look()
             self._updates.run(due)
         self._position = after
 
@@ -200,7 +200,7 @@ class Averager:
         """
         average = self._named(name)
         self._check_idle("update()")
-        self._follow_if_needed()
+        self._look()
         self._updates.run([average])
 
     def synchronize(self) -> None:
@@ -560,11 +560,16 @@ class Averager:
             self._updates.follow(self._shards)
             self._is_behind = False
 
+    def _look(self) -> None:
+        """The same before an update, after a look that costs little. Not collective."""
+        if self._is_behind or not self._shards.is_current:
+            self._follow()
+
     def _follow_if_needed(self) -> None:
-        """The same, after a look that costs little. Not collective."""
-        if self._is_behind or not (
-            self._shards.has_same_storage if self._applied_name() else self._shards.is_current
-        ):
+        """The same, be it inside `applied()`. Not collective."""
+        if not self._applied_name():
+            self._look()
+        elif self._is_behind or not self._shards.has_same_storage:
             self._follow()
 
     def _meet(self, doing: str, check: Callable[[], object]) -> None:

@@ -25,7 +25,7 @@ UPDATED = {"GPT, 1.3 M": small_gpt, **WORKLOADS}
 class Unchecked(distavg.Averager):
     """One that does not look whether the weights are still where they were."""
 
-    def _follow_if_needed(self) -> None:
+    def _look(self) -> None:
         pass
 
 
