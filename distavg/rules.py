@@ -88,7 +88,8 @@ class Warmup:
     Attributes:
         inv_gamma: The updates after which the decay is `1 - 2^-power`.
         power: How fast the decay approaches 1.
-        offset: Updates that count besides those made.
+        offset: Updates that count besides those made. A negative one makes as many updates more
+            copies.
 
     >>> Warmup().decay(3), Warmup(inv_gamma=9, offset=1).decay(2)
     (0.75, 0.25)
@@ -99,7 +100,7 @@ class Warmup:
     offset: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, lowest in (("inv_gamma", 0), ("power", 0), ("offset", -1)):
+        for name, lowest in (("inv_gamma", 0), ("power", 0), ("offset", -math.inf)):
             value = getattr(self, name)
             if not _is_number(value) or not lowest < value < math.inf:
                 raise ConfigError(f"Warmup: {name} must be a number above {lowest}, not {value!r}")
@@ -109,7 +110,7 @@ class Warmup:
         return 1 - self.weight(num_updates)
 
     def weight(self, num_updates: int) -> float:
-        """`1 - decay`, without its rounding."""
+        """`1 - decay`, without its rounding; 1 until the first update that counts."""
         share = (num_updates + self.offset) / self.inv_gamma
         return float((1 + share) ** -self.power) if share > 0 else 1.0
 
@@ -180,7 +181,9 @@ class EMA(Rule):
             return 1.0
         weight = 1.0 - self.decay
         if self.warmup is not None:
-            weight = max(weight, min(self.warmup.weight(num_updates), 1.0 - self.min_decay))
+            growing = self.warmup.weight(num_updates)
+            bounded = min(growing, 1.0 - self.min_decay) if growing < 1 else 1.0
+            weight = max(weight, bounded)
         return weight
 
     def resolved(self, updates_in: Callable[[str], float]) -> "EMA":

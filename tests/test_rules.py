@@ -159,12 +159,19 @@ def test_a_warmup_ends_where_the_decay_is_reached() -> None:
     assert [halved.weight(n) for n in (1, 2, 50)] == [1 / 2, 1 / 3, 1 - 2**-0.5]
 
 
+def test_a_warmup_that_begins_later_copies_until_then() -> None:
+    rule = EMA(0.9, warmup=Warmup(offset=-2), min_decay=0.6)
+    expected = [1, 1, 1, 0.4, 1 / 3, 1 / 4]  # the third copies too, as the first of a mean
+    assert [rule.weight(n) for n in range(6)] == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(
     ("build", "text"),
     [
         (lambda: Warmup(inv_gamma=0), "Warmup: inv_gamma must be a number above 0, not 0"),
         (lambda: Warmup(power=-1), "Warmup: power must be a number above 0, not -1"),
-        (lambda: Warmup(offset=-1), "Warmup: offset must be a number above -1, not -1"),
+        (lambda: Warmup(offset=-math.inf), "Warmup: offset must be a number above -inf, not -inf"),
+        (lambda: Warmup(offset="1"), "Warmup: offset must be a number above -inf, not '1'"),
         (lambda: Warmup(inv_gamma=math.nan), "inv_gamma must be a number above 0, not nan"),
         (lambda: Warmup(power=math.inf), "power must be a number above 0, not inf"),
         (lambda: EMA(warmup="mean"), "EMA: warmup must be a distavg.Warmup, not 'mean'"),

@@ -216,6 +216,43 @@ def test_pytorchs_documented_swa_example() -> None:
     assert len(due_steps(rule, Clock(steps_per_epoch=4, max_duration="300ep"), 1200)) == 139
 
 
+def test_the_practitioners_recipe() -> None:
+    """100 epochs, `if epoch > 80`, counted from 0: 19 epochs of averaging."""
+    clock = Clock(steps_per_epoch=7, max_duration="100ep")
+    expected = [7 * (epoch + 1) for epoch in range(100) if epoch > 80]
+    assert due_steps(SWA(start="81ep"), clock, 700) == expected
+    assert len(expected) == 19
+    every_step = due_steps(SWA(start="81ep", update_interval="1ba"), clock, 700)
+    assert len(every_step) == 19 * 7
+
+
+def test_pytorchs_documented_ema_example() -> None:
+    """`ema_model.update_parameters(model)` after every `optimizer.step()`."""
+    assert due_steps(EMA(0.9), Clock(), 40) == list(range(1, 41))
+
+
+@pytest.mark.parametrize(("share", "updates"), [("0.75dur", 25), ("0.8dur", 20)])
+def test_the_advice_to_begin_after_75_to_80_percent(share: str, updates: int) -> None:
+    clock = Clock(steps_per_epoch=3, max_duration="100ep")
+    assert len(due_steps(SWA(start=share), clock, 300)) == updates
+
+
+def test_one_epoch_is_enough_for_intervals_in_steps() -> None:
+    clock = Clock(steps_per_epoch=50, max_duration="1ep")
+    rule = SWA(start="0.7dur", update_interval="5ba")
+    assert due_steps(rule, clock, 50) == [40, 45, 50]
+    assert "never update" in message_of(SWA(start="0.7dur", end="0.9dur"), clock)
+
+
+def test_a_run_that_is_longer_after_a_resume_begins_its_average_later() -> None:
+    position = Position()
+    for _ in range(60):
+        position = Clock(max_duration="80ba").after_step(position)
+    rule = SWA(start="0.75dur", update_interval="10ba")
+    assert due_steps(rule, Clock(max_duration="80ba"), 20, position) == [70, 80]
+    assert due_steps(rule, Clock(max_duration="120ba"), 60, position) == [100, 110, 120]
+
+
 @st.composite
 def times(draw: st.DrawFn, units: tuple[str, ...] = ("ba", "ep", "dur")) -> str:
     unit = draw(st.sampled_from(units))
