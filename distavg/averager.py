@@ -143,6 +143,7 @@ class Averager:
                 "the model has plain parameters outside DDP: every rank keeps their averages "
                 "whole. Pass replicas= the group of ranks that hold the same ones to divide them"
             )
+        self._warn_of_batchnorm(buffers)
         self._updates.run([each for each in averages if each.schedule.starts_at_once])
 
     @property
@@ -202,6 +203,14 @@ class Averager:
         self._check_idle("update()")
         self._look()
         self._updates.run([average])
+
+    def is_over(self, name: str | None = None) -> bool:
+        """Whether an average's `end` is reached, so that no step updates it any more.
+
+        The moment for `copy_to()`, where the average is to become the live weights while training
+        goes on, as after Composer's `swa_end`. The same on every rank.
+        """
+        return self._named(name).schedule.is_over(self._position)
 
     def synchronize(self) -> None:
         """Wait for updates still under way, before weights are edited by hand.
@@ -521,6 +530,17 @@ class Averager:
             what = "several averages: name one of" if name is None else f"no average {name!r}, only"
             raise ConfigError(f"there are {what} {list(self._averages)}")
         return self._averages[name]
+
+    def _warn_of_batchnorm(self, buffers: str) -> None:
+        """Say if nothing is left of the run to bring BatchNorm statistics up to an average."""
+        late = [each.name for each in self._averages.values() if each.schedule.ends_in_last_epoch]
+        if late and buffers == "live" and self._comm.rank == 0 and self._shards.has_batchnorm:
+            logger.warning(
+                "the average %r ends in the last epoch of a model with BatchNorm: if it becomes "
+                "the live weights there, no training is left that would fit the running statistics "
+                "to it. End it an epoch earlier, or keep statistics with buffers='averaged'",
+                late[0],
+            )
 
     def _applied_name(self) -> str | None:
         return next((a.name for a in self._averages.values() if a.is_applied), None)

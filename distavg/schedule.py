@@ -170,6 +170,19 @@ class Schedule:
         """Whether the weights before the first step are the first sample."""
         return self._anchor == 0
 
+    def is_over(self, position: Position) -> bool:
+        """Whether `end` is reached, so that no update is due any more."""
+        return self._end is not None and position.at(self._end.unit) >= self._end.value
+
+    @property
+    def ends_in_last_epoch(self) -> bool:
+        """Whether less than an epoch of the run is left at `end`."""
+        clock = self.clock
+        if self._end is None or clock.max_duration is None or clock.steps_per_epoch is None:
+            return False
+        rest = clock.in_steps(Time.parse(clock.max_duration)) - clock.in_steps(self._end)
+        return rest < clock.steps_per_epoch
+
     def _find_anchor(self) -> Fraction | None:
         """Where intervals count from, in their unit, if the weights there are a sample."""
         if not self.rule.include_initial:

@@ -268,6 +268,14 @@ class ModelShards:
         self._watch_all = Watch(tensor.anchor for tensor in self.tensors)
 
     @property
+    def has_batchnorm(self) -> bool:
+        """Whether this rank's part of the model keeps BatchNorm statistics."""
+        return any(
+            isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+            for module in self.modules
+        )
+
+    @property
     def has_unknown_replicas(self) -> bool:
         """Whether averages are held whole for want of knowing which ranks hold replicas."""
         return any(

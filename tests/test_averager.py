@@ -28,7 +28,17 @@ from checks import (
     torch_average,
     trained,
 )
-from models import Awkward, TokenModel, Uneven, build, set_weights, unwrapped, weights_at
+from models import (
+    Awkward,
+    TokenModel,
+    Uneven,
+    backward,
+    build,
+    set_weights,
+    unwrapped,
+    weights_at,
+    whole_weights,
+)
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -245,6 +255,58 @@ def test_schedules_decide_which_steps_count() -> None:
     for name, steps in (("swa", [8, 11]), ("ema", [1, 3, 5, 7, 9, 11])):
         found, expected = averager.full_state_dict(name), torch_average(Awkward, name, steps)
         assert differences({n: found[n] for n in weights}, {n: expected[n] for n in weights}) == []
+
+
+def goes_on_from_the_average(layout: str) -> tuple[list[int], list[str], list[str]]:
+    """An average becomes the live weights at its end, and training goes on from there."""
+    cls = model_class(layout)
+    rule = SWA(start="2ba", end="5ba", update_interval="1ba")
+    model, averager = trained(layout, cls, (), rules={"swa": rule})
+    overs = []
+    for step in range(4):
+        feed(averager, model, [step])
+        overs += [averager.step_count] if averager.is_over() else []
+    feed(averager, model, [4])
+    overs += [averager.step_count] if averager.is_over("swa") else []
+    averager.copy_to()
+    expected = torch_average(cls, "swa", range(2, 5))
+    live = whole_weights(model)
+    wrong = differences(live, {name: expected[name] for name in live})
+    backward(model)
+    feed(averager, model, [5])
+    average = averager.full_state_dict(all_ranks=True)
+    wrong += differences({n: average[n] for n in live}, {n: expected[n] for n in live})
+    after = differences(whole_weights(model), {**live, **weights_at(model, 5)})
+    return overs, wrong, after
+
+
+@pytest.mark.parametrize(("layout", "world_size"), ONCE)
+def test_an_average_becomes_the_live_weights_at_its_end(layout: str, world_size: int) -> None:
+    for overs, wrong, after in run_ranks(goes_on_from_the_average, world_size, layout):
+        assert overs == [5]
+        assert wrong == []
+        assert after == []
+
+
+@pytest.mark.parametrize(
+    ("end", "buffers", "is_warned"),
+    [
+        ("3.5ep", "live", True),
+        ("0.9dur", "live", True),
+        ("3ep", "live", False),
+        ("3.5ep", "averaged", False),
+        (None, "live", False),
+    ],
+)
+def test_an_end_in_the_last_epoch_of_a_model_with_batchnorm_is_warned_of(
+    end: str | None, buffers: str, is_warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = Clock(steps_per_epoch=4, max_duration="4ep")
+    rule = SWA(end=end, update_interval="1ba")
+    for norm, expected in ((nn.BatchNorm1d(2), is_warned), (nn.LayerNorm(2), False)):
+        caplog.clear()
+        Averager(nn.Sequential(nn.Linear(2, 2), norm), rule, clock=clock, buffers=buffers)
+        assert ("'swa' ends in the last epoch of a model with BatchNorm" in caplog.text) == expected
 
 
 def test_the_initial_weights_count_on_request() -> None:
