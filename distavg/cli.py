@@ -1,4 +1,4 @@
-"""The command line: look at checkpoints and check them, with no process group and no GPU."""
+"""The command line: look at checkpoints and rules, with no process group and no GPU."""
 
 from datetime import datetime, timezone
 from pathlib import Path
@@ -8,6 +8,8 @@ import click
 from distavg.checkpoint.load import verify_checkpoint
 from distavg.checkpoint.manifest import read_manifest
 from distavg.errors import DistavgError
+from distavg.plot import draw
+from distavg.schedule import Clock
 
 __all__ = ["main"]
 
@@ -27,7 +29,7 @@ class _Commands(click.Group):
 @click.group(cls=_Commands)
 @click.version_option(package_name="distavg")
 def main() -> None:
-    """Look at checkpoints of averaged weights and check them."""
+    """Look at checkpoints of averaged weights, check them, and compare rules."""
 
 
 @main.command()
@@ -68,3 +70,20 @@ def verify(path: Path) -> None:
     with click.progressbar(length=total, label="verifying") as bar:
         verified = verify_checkpoint(path, bar.update)
     click.echo(f"{path}: whole and unspoiled, {verified:,} bytes verified")
+
+
+@main.command()
+@click.option(
+    "--rule",
+    "rules",
+    multiple=True,
+    required=True,
+    help="ema:half_life=1000ba, ema:0.999, power:0.05, swa:start=0.75dur and the like.",
+)
+@click.option("--duration", required=True, help="Length of the run: 20000ba, or 10ep.")
+@click.option("--steps-per-epoch", type=int, help="Needed for times in epochs.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
+def plot(rules: tuple[str, ...], duration: str, steps_per_epoch: int | None, output: Path) -> None:
+    """Draw how much each past step counts in averages under some rules."""
+    draw(rules, Clock(steps_per_epoch=steps_per_epoch, max_duration=duration), output)
+    click.echo(f"wrote {output}")

@@ -40,6 +40,7 @@ LEVELS = (
     "hooks",
     "state",
     "averager",
+    "plot",
     "cli",
     "",  # distavg/__init__.py
     "__main__",
