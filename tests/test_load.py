@@ -92,8 +92,14 @@ def flip(path: Path, position: int) -> None:
 # --------------------------------------------------------------------- every layout into every one
 
 
+# Without those of which another has the same kind of boxes on as many ranks.
+MATRIX = sorted(
+    set(CASES) - {("ddp", 4), ("fsdp1", 4), ("fsdp2-keep", 2), ("fsdp1-grad-op-flat", 2)}
+)
+
+
 def layouts_on(world_size: int) -> list[str]:
-    return [layout for layout, size in CASES if size == world_size]
+    return [layout for layout, size in MATRIX if size == world_size]
 
 
 def save_all(root: str) -> None:
@@ -153,7 +159,7 @@ def every_layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("every_layout")
     for size in (4, 3, 2, 1):
         run_ranks(save_all, size, str(root))
-    assert len(list(root.iterdir())) == len(CASES)
+    assert len(list(root.iterdir())) == len(MATRIX)
     for path in root.iterdir():
         verify_checkpoint(path)
     return root
