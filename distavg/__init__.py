@@ -19,6 +19,7 @@ from distavg.errors import (
     StateError,
     UnsupportedError,
 )
+from distavg.learning_rate import ThenSWALR
 from distavg.rules import EMA, SWA, Custom, PowerEMA, Rule, Warmup
 from distavg.schedule import Clock
 
@@ -43,6 +44,7 @@ __all__ = [
     "Rule",
     "SaveHandle",
     "StateError",
+    "ThenSWALR",
     "UnsupportedError",
     "Warmup",
     "latest",

@@ -204,6 +204,13 @@ class Averager:
         self._look()
         self._updates.run([average])
 
+    def is_started(self, name: str | None = None) -> bool:
+        """Whether weights after the last step can be a sample of an average, by its `start`.
+
+        The moment from which `ThenSWALR` anneals. The same on every rank.
+        """
+        return self._named(name).schedule.is_started(self._position)
+
     def is_over(self, name: str | None = None) -> bool:
         """Whether an average's `end` is reached, so that no step updates it any more.
 

@@ -170,6 +170,12 @@ class Schedule:
         """Whether the weights before the first step are the first sample."""
         return self._anchor == 0
 
+    def is_started(self, position: Position) -> bool:
+        """Whether the weights at a position can be a sample."""
+        if self._anchor is None:
+            return position.at(self._start.unit) > self._start.value
+        return position.at(self._unit) >= self._anchor
+
     def is_over(self, position: Position) -> bool:
         """Whether `end` is reached, so that no update is due any more."""
         return self._end is not None and position.at(self._end.unit) >= self._end.value

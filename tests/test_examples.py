@@ -46,6 +46,11 @@ def test_the_quickstart_on_one_process_and_on_two(tmp_path: Path) -> None:
         assert average < live / 2
 
 
+def test_the_picture_of_the_learning_rate(tmp_path: Path) -> None:
+    run(1, "learning_rate.py", "rate.png", cwd=tmp_path)
+    assert (tmp_path / "rate.png").read_bytes().startswith(b"\x89PNG")
+
+
 def in_process(*arguments: str) -> str:
     """What train_gpt prints here, on ranks that have joined a process group already."""
     spec = importlib.util.spec_from_file_location("train_gpt", EXAMPLES / "train_gpt.py")

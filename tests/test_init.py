@@ -32,6 +32,7 @@ PUBLIC = {
     "Rule",
     "SaveHandle",
     "StateError",
+    "ThenSWALR",
     "UnsupportedError",
     "Warmup",
     "latest",

@@ -40,6 +40,7 @@ LEVELS = (
     "hooks",
     "state",
     "averager",
+    "learning_rate",
     "plot",
     "cli",
     "",  # distavg/__init__.py

@@ -409,3 +409,24 @@ def test_a_time_that_is_none_names_the_average() -> None:
 def test_by_hand_is_never_refused() -> None:
     schedule = Schedule("a", EMA(update_interval=None, end="0ba"), Clock())
     assert schedule.resolved_rule == EMA(update_interval=None, end="0ba")
+
+
+@pytest.mark.parametrize("include_initial", [False, True])
+@pytest.mark.parametrize("start", ["0ba", "1ba", "9ba", "1.5ep", "2ep", "0.5dur"])
+@pytest.mark.parametrize("interval", ["1ba", "1ep"])
+def test_started_is_when_a_step_can_give_a_sample(
+    interval: str, start: str, *, include_initial: bool
+) -> None:
+    rule = SWA(start=start, update_interval=interval, include_initial=include_initial)
+    clock = Clock(steps_per_epoch=4, max_duration="5ep")
+    schedule, position, started = Schedule("a", rule, clock), Position(), []
+    for _ in range(20):
+        position = clock.after_step(position)
+        if schedule.is_started(position):
+            started.append(position.steps)
+    first = due_steps(rule, clock, 20)[0]
+    assert started == list(range(started[0], 21))
+    assert started[0] <= first
+    if interval == "1ba":
+        assert started[0] == first
+    assert schedule.is_started(Position()) == schedule.starts_at_once
