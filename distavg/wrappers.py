@@ -24,6 +24,7 @@ moves them):
   `_full_prec_full_param_padded`, `_param_infos`, `_shared_param_infos`, `_shard_param_infos`,
   `_params`, `_tensors`, `_shapes`, `_strides`, `_contiguities`, `_numels_with_padding`,
   `_sharded_size`, `_param_extensions`.
+* FSDP1's mark on parameters, `_fsdp_flattened`.
 * `torch.nn.utils.parametrize._cache`.
 * DTensor: `_local_tensor`, which `to_local()` returns after 1 µs of checks.
 """
@@ -50,7 +51,7 @@ from distavg.layout import Box, nested_extent, range_boxes
 from distavg.names import Flattened, NamedTensor, named_tensors
 from distavg.tensors import Anchor, LiveTensor, Shard
 
-__all__ = ["Face", "Model", "Wrapped", "ranks_of"]
+__all__ = ["Face", "Model", "Wrapped", "is_sharded", "ranks_of"]
 
 Model = nn.Module | Mapping[str, nn.Module]
 
@@ -326,6 +327,11 @@ def _is_ignored(named: NamedTensor) -> bool:
         return False
     inner = named.ddp.module.named_parameters()
     return any(p is named.tensor and n in named.ddp.parameters_to_ignore for n, p in inner)
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether a wrapper holds this parameter in parts."""
+    return isinstance(parameter, DTensor) or getattr(parameter, "_fsdp_flattened", False)
 
 
 def ranks_of(group: dist.ProcessGroup) -> list[int]:

@@ -41,6 +41,9 @@ LEVELS = (
     "state",
     "averager",
     "learning_rate",
+    "integrations.ema_optimizer",
+    "integrations.composer",
+    "integrations",
     "plot",
     "cli",
     "",  # distavg/__init__.py
