@@ -1,6 +1,8 @@
 """The command line: look at checkpoints and rules, with no process group and no GPU."""
 
+from dataclasses import replace
 from datetime import datetime, timezone
+from fractions import Fraction
 from pathlib import Path
 
 import click
@@ -8,6 +10,7 @@ import click
 from distavg.checkpoint.load import verify_checkpoint
 from distavg.checkpoint.manifest import read_manifest
 from distavg.errors import DistavgError
+from distavg.foreign import read_foreign, write_foreign
 from distavg.plot import draw
 from distavg.schedule import Clock
 
@@ -70,6 +73,52 @@ def verify(path: Path) -> None:
     with click.progressbar(length=total, label="verifying") as bar:
         verified = verify_checkpoint(path, bar.update)
     click.echo(f"{path}: whole and unspoiled, {verified:,} bytes verified")
+
+
+@main.command(name="import")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
+@click.option("--name", help="What to call the average: ema or swa, if not given.")
+@click.option(
+    "--steps", type=click.IntRange(0), help="Optimizer steps done, if the file is silent."
+)
+@click.option("--epochs", type=click.FloatRange(0), help="Epochs done, if the file is silent.")
+@click.option("--num-updates", type=click.IntRange(1), help="Updates made.")
+@click.option("--place", help="Which average, if the file holds several.")
+@click.option("--prefix", help="What stands before the model's names; by default every 'module.'.")
+def import_(
+    file: Path,
+    output: Path,
+    name: str | None,
+    steps: int | None,
+    epochs: float | None,
+    num_updates: int | None,
+    place: str | None,
+    prefix: str | None,
+) -> None:
+    """Make a checkpoint of an average in FILE of another system, for Averager.load.
+
+    Takes the state of PyTorch's AveragedModel, alone or inside a checkpoint, checkpoints of
+    Composer with SWA or EMA, and NeMo's -EMA checkpoints. Never runs code from the file.
+    """
+    found = read_foreign(file, place=place, prefix=prefix)
+    average = replace(
+        found,
+        name=name or found.name,
+        num_updates=num_updates or found.num_updates,
+        steps=found.steps if steps is None else steps,
+        epochs=found.epochs if epochs is None else Fraction(epochs).limit_denominator(10**6),
+    )
+    write_foreign(average, output)
+    position = [
+        f"{what} {'unknown' if value is None else f'{float(value):g}'}"
+        for what, value in (("step", average.steps), ("epoch", average.epochs))
+    ]
+    click.echo(f"{file}: {average.source}; {', '.join(position)}")
+    click.echo(
+        f"wrote {output}: {average.name}, {average.num_updates} updates, "
+        f"{len(average.tensors)} tensors"
+    )
 
 
 @main.command()

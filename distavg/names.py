@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distavg.errors import ConfigError
 
-__all__ = ["Flattened", "NamedTensor", "named_tensors"]
+__all__ = ["WRAPPER_LEVELS", "Flattened", "NamedTensor", "named_tensors"]
 
 # Each wrapper that is a level of its own, and the attribute that holds the wrapped module.
 _WRAPPERS: dict[type[nn.Module], str] = {
@@ -26,6 +26,10 @@ _WRAPPERS: dict[type[nn.Module], str] = {
     FullyShardedDataParallel: "_fsdp_wrapped_module",
     CheckpointWrapper: "_checkpoint_wrapped_module",
 }
+_COMPILED = "_orig_mod"
+
+# Names of levels that no model has of its own, for other systems' files, where there is only text.
+WRAPPER_LEVELS = frozenset({*_WRAPPERS.values(), _COMPILED} - {"module"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,5 +152,5 @@ def _wrapped_attribute(module: nn.Module) -> str | None:
         # where something has imported it already.
         dynamo = sys.modules.get("torch._dynamo")
         if dynamo is not None and isinstance(module, dynamo.OptimizedModule):
-            return "_orig_mod"
+            return _COMPILED
     return next((attr for kind, attr in _WRAPPERS.items() if isinstance(module, kind)), None)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from distavg.errors import ConfigError
 
-__all__ = ["EMA", "SWA", "Custom", "PowerEMA", "Rule", "Warmup"]
+__all__ = ["EMA", "SWA", "Custom", "Imported", "PowerEMA", "Rule", "Warmup"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,6 +286,27 @@ class Custom(Rule):
         return {"kind": self.kind, **fields}
 
 
+@dataclass(frozen=True)
+class Imported(Rule):
+    """In place of a rule in a checkpoint that another system's file was converted to.
+
+    Whatever rule an Averager has goes on with such an average.
+
+    Attributes:
+        source: Which system's average it was.
+        unknown: What of the clock the file did not say: `"steps"`, `"epochs"`.
+    """
+
+    kind: ClassVar[str] = "imported"
+
+    source: str
+    unknown: tuple[str, ...] = ()
+
+    def record(self) -> dict[str, Any]:
+        """See `Rule.record`."""
+        return {"kind": self.kind, "source": self.source, "unknown": list(self.unknown)}
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
 
@@ -301,6 +322,8 @@ def rule_from_record(record: Mapping[str, Any]) -> Rule:
         raise ConfigError(
             f"a custom rule's functions are not in the file, only their names: {dict(record)}"
         )
+    if record.get("kind") == Imported.kind:
+        raise ConfigError(f"{record.get('source')} came without its rule: give one")
     fields = {key: value for key, value in record.items() if key != "kind"}
     try:
         return kinds[record.get("kind")](**fields)

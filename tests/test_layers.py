@@ -39,6 +39,7 @@ LEVELS = (
     "checkpoint",  # its __init__
     "hooks",
     "state",
+    "foreign",
     "averager",
     "learning_rate",
     "integrations.ema_optimizer",

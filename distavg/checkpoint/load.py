@@ -19,7 +19,7 @@ from distavg.checkpoint.manifest import Manifest, SavedAverage, SavedBox, SavedF
 from distavg.checkpoint.plan import Read, plan_reads
 from distavg.errors import CheckpointCorrupt, CheckpointMismatch, ConfigError
 from distavg.foreach import as_bytes
-from distavg.rules import Rule, rule_from_record
+from distavg.rules import Imported, Rule, rule_from_record
 from distavg.shards import ModelShards
 from distavg.tensors import Shard
 
@@ -207,7 +207,15 @@ def _sources(
 
 def _choose_rule(path: Path, average: Average, source: SavedAverage, rules: str) -> Rule:
     current, saved = average.rule.record(), source.rule
-    if current == saved or rules == "current":
+    is_imported = saved.get("kind") == Imported.kind
+    if is_imported and rules != "saved" and saved.get("unknown"):
+        logger.warning(
+            "%s: the file that it was made from does not say how many %s had been done, so that "
+            "times of the schedule count from now: distavg import takes --steps and --epochs",
+            path,
+            " and ".join(saved["unknown"]),
+        )
+    if current == saved or rules == "current" or (is_imported and rules == "error"):
         return average.rule
     if rules == "saved":
         return rule_from_record(saved)
@@ -239,6 +247,8 @@ def _match(
                 f"checkpoint: leave it out with exclude=[{fqn!r}]"
             )
     known = {name for names in matched.values() for name in names}
+    if source.rule.get("kind") == Imported.kind:  # what is averaged is not told from other tensors
+        known.update(aliases, *aliases.values())
     for name in sorted(source.tensors.keys() - known):
         raise CheckpointMismatch(
             f"{path}: average {average.name!r}: {name} is in the checkpoint and not averaged "

@@ -1,0 +1,290 @@
+"""Averages from files of other systems, written as checkpoints of distavg. One process.
+
+Recognised, by what the file holds: the state of PyTorch's `AveragedModel`, alone or anywhere in a
+checkpoint; Composer's SWA (which holds one) and EMA; the `-EMA` checkpoint of NeMo. Files are read
+with `weights_only=True`, so nothing in them runs.
+"""
+
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor, nn
+from torch.torch_version import TorchVersion
+
+from distavg.average import Average
+from distavg.checkpoint.save import SaveRequest, save
+from distavg.comm import Comm
+from distavg.errors import CheckpointCorrupt, CheckpointNotFound, ConfigError, UnsupportedError
+from distavg.foreach import as_bytes
+from distavg.names import WRAPPER_LEVELS
+from distavg.rules import Imported
+from distavg.schedule import Clock, Schedule
+from distavg.shards import ModelShards
+
+__all__ = ["ForeignAverage", "read_foreign", "write_foreign"]
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignAverage:
+    """An average of another system.
+
+    Attributes:
+        source: Which system's, and what its file says of the rule.
+        name: What to call the average.
+        tensors: By the model's names.
+        num_updates: Updates made.
+        steps: Optimizer steps done; None if the file does not say.
+        epochs: Epochs done; None if the file does not say.
+    """
+
+    source: str
+    name: str
+    tensors: dict[str, Tensor]
+    num_updates: int
+    steps: int | None = None
+    epochs: Fraction | None = None
+
+
+def read_foreign(
+    path: Path, *, place: str | None = None, prefix: str | None = None
+) -> ForeignAverage:
+    """Find the average in a file that `torch.save` wrote.
+
+    Args:
+        path: The file.
+        place: Which average of several, as the error that lists them says.
+        prefix: What stands before the model's own names; None for every `module.` that stands
+            before all of them.
+
+    Raises:
+        CheckpointNotFound: No file.
+        CheckpointCorrupt: Not what `torch.save` wrote, or torn.
+        UnsupportedError: It could only be read by running code of its own, or holds no average
+            that is known here, or one without an update.
+        ConfigError: It holds several, or none at the place.
+    """
+    content = _load(path)
+    finders = (_composers, _nemos, _averaged_models)
+    try:
+        found = {key: average for find in finders for key, average in find(content, path)}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointCorrupt(f"{path} lacks what its kind of file has: {error!r}") from error
+    if not found:
+        raise UnsupportedError(
+            f"{path} holds nothing that is recognised as an average: the state of an "
+            "AveragedModel, Composer's SWA or EMA, or an -EMA checkpoint of NeMo"
+        )
+    if place is None and len(found) == 1:
+        (place,) = found
+    if place not in found:
+        raise ConfigError(f"{path} holds averages at {sorted(found)}: say which (--place)")
+    average = found[place]
+    if not average.num_updates:
+        raise UnsupportedError(f"{path}: {average.source}: without an update it is no average")
+    if not average.tensors:
+        raise UnsupportedError(f"{path}: {average.source}: there is no tensor in it")
+    for name, tensor in average.tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise UnsupportedError(f"{path}: {name} is no tensor, but a {type(tensor).__name__}")
+    return replace(average, tensors=_with_the_models_names(average.tensors, prefix))
+
+
+def write_foreign(average: ForeignAverage, path: Path) -> None:
+    """Write a checkpoint that `Averager.load` reads with whatever rule it has.
+
+    Raises:
+        CheckpointExists: There is something at the path.
+        CheckpointError: It cannot be written.
+    """
+    unknown = tuple(what for what in ("steps", "epochs") if getattr(average, what) is None)
+    comm = Comm()
+    shards = ModelShards(
+        _model_of(average.tensors),
+        comm,
+        replicas=None,
+        shard_replicas=True,
+        include=None,
+        exclude=None,
+        hold_buffers=True,
+    )
+    rule = Imported(source=average.source, unknown=unknown)
+    ours = Average(Schedule(average.name, rule, Clock()), shards, dtype=None)
+    ours.settle()
+    ours.num_updates = average.num_updates
+    request = SaveRequest(
+        path,
+        "imported",
+        average.steps or 0,
+        average.epochs or Fraction(0),
+        overwrite=False,
+        keep=None,
+        also=None,
+        spared=None,
+    )
+    save(request, [ours], shards, comm)
+
+
+_Found = Iterator[tuple[str, ForeignAverage]]
+
+
+def _composers(content: Any, path: Path) -> _Found:
+    """Of a checkpoint of Composer: `algorithms` are pairs, or in old ones a mapping."""
+    state = content.get("state") if isinstance(content, Mapping) else None
+    if not isinstance(state, Mapping) or "algorithms" not in state:
+        return
+    algorithms = dict(state["algorithms"])
+    time = state.get("timestamp", {})
+    steps, epochs = _composers_position(time.get("Timestamp", time))
+    if (swa := algorithms.get("SWA")) is not None and swa.get("swa_model") is not None:
+        for _, average in _averaged_models(swa["swa_model"], path):
+            source = "Composer's SWA"
+            count = average.num_updates if swa.get("swa_started") else 0
+            yield (
+                "SWA",
+                replace(average, source=source, num_updates=count, steps=steps, epochs=epochs),
+            )
+    if (ema := algorithms.get("EMA")) is not None:
+        model = ema["ema_model"]
+        if "named_parameters_dict" not in model:
+            source, tensors = "Composer's EMA before 0.13", model
+        elif ema["ema_weights_active"]:
+            source, tensors = "Composer's EMA, which was in place of the model", state["model"]
+        else:
+            parts = (model["named_parameters_dict"], model["named_buffers_dict"])
+            source, tensors = "Composer's EMA", {**parts[0], **parts[1]}
+        count = max(1, steps or 0) if ema["ema_started"] else 0
+        yield "EMA", ForeignAverage(source, "ema", dict(tensors), count, steps, epochs)
+
+
+def _composers_position(time: Mapping[str, Any]) -> tuple[int | None, Fraction | None]:
+    if not {"batch", "epoch", "batch_in_epoch"} <= time.keys():
+        return None, None
+    steps, epoch, within = (int(time[key]) for key in ("batch", "epoch", "batch_in_epoch"))
+    if not within:
+        return steps, Fraction(epoch)
+    if not epoch or (steps - within) % epoch:
+        return steps, None  # how long an epoch is cannot be told
+    return steps, epoch + Fraction(within * epoch, steps - within)
+
+
+def _nemos(content: Any, path: Path) -> _Found:
+    """Of NeMo's `-EMA` file: a Lightning checkpoint with the EMA in place of the model."""
+    if not isinstance(content, Mapping) or "state_dict" not in content:
+        return
+    optimizers = content.get("optimizer_states") or []
+    states = [each for each in optimizers if isinstance(each, Mapping) and "ema" in each]
+    if not states and not path.stem.endswith("-EMA"):
+        return
+    model = dict(content["state_dict"])
+    there = {_digest(tensor) for tensor in model.values()}
+    if any(_digest(tensor) not in there for state in states for tensor in state["ema"]):
+        raise UnsupportedError(
+            f"{path}: the model in it is not the EMA, whose tensors are there without names: "
+            "convert the file beside it whose name ends in -EMA"
+        )
+    silent = {"current_step": content.get("global_step", 0), "every_n_steps": 1, "decay": "unknown"}
+    state = states[0] if states else silent
+    steps, every = int(state["current_step"]), int(state["every_n_steps"])
+    source = f"NeMo's EMA (decay={state['decay']}, every_n_steps={every})"
+    # The weights before the first step, and one update after the steps 1, 1 + every ...
+    count = 1 - (-steps // every) if steps else 0
+    yield "state_dict", ForeignAverage(source, "ema", model, count, steps)
+
+
+def _averaged_models(content: Any, path: Path, place: str = "", depth: int = 6) -> _Found:
+    """Wherever `n_averaged` stands beside tensors under `module.`."""
+    if isinstance(content, Mapping):
+        for key in [key for key in content if str(key).rpartition(".")[2] == "n_averaged"]:
+            before = str(key).removesuffix("n_averaged")
+            inner = f"{before}module."
+            tensors = {
+                str(name).removeprefix(inner): value
+                for name, value in content.items()
+                if str(name).startswith(inner)
+            }
+            count = int(content[key])
+            where = ".".join(filter(None, [place, before.rstrip(".")]))
+            name = "ema" if "ema" in f"{path.stem} {where}".lower() else "swa"
+            average = ForeignAverage("PyTorch's AveragedModel", name, tensors, count)
+            yield where or "the whole file", average
+    children: Iterable[tuple[Any, Any]] = ()
+    if isinstance(content, Mapping) and "algorithms" not in content:  # those are Composer's
+        children = content.items()
+    elif isinstance(content, (list, tuple)):
+        children = enumerate(content)
+    for key, value in children if depth else ():
+        if not isinstance(value, Tensor):
+            inner_place = ".".join(filter(None, [place, str(key)]))
+            yield from _averaged_models(value, path, inner_place, depth - 1)
+
+
+def _digest(tensor: Tensor) -> tuple[Any, ...]:
+    content: Any = as_bytes(tensor.detach().contiguous()).numpy()
+    return tensor.dtype, tuple(tensor.shape), xxhash.xxh3_128_digest(content)
+
+
+def _with_the_models_names(tensors: Mapping[str, Tensor], prefix: str | None) -> dict[str, Tensor]:
+    """Names without those of wrappers, as far as text can tell."""
+    named = {}
+    for name, tensor in tensors.items():
+        parts = [part for part in name.split(".") if part not in WRAPPER_LEVELS]
+        named[".".join(parts)] = tensor
+    if prefix is not None:
+        return {name.removeprefix(prefix): tensor for name, tensor in named.items()}
+    while named and all(name.startswith("module.") for name in named):
+        named = {name.removeprefix("module."): tensor for name, tensor in named.items()}
+    return named
+
+
+def _model_of(tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A module that has these tensors by these names; what shares memory is tied."""
+    root = nn.Module()
+    parameters: dict[tuple[Any, ...], nn.Parameter] = {}
+    for name, tensor in tensors.items():
+        *path, leaf = name.split(".")
+        module = root
+        for part in path:
+            module = module._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
+        if tensor.is_floating_point():
+            where = (tensor.data_ptr() or name, tensor.dtype, tensor.shape, tensor.stride())
+            parameter = parameters.setdefault(where, nn.Parameter(tensor.detach()))
+            module._parameters[leaf] = parameter
+        else:
+            module._buffers[leaf] = tensor
+    return root
+
+
+def _load(path: Path) -> Any:
+    allowed: list[Any] = [timedelta, TorchVersion]  # plain data, in Composer's files
+    with suppress(ImportError):
+        import numpy as np  # states of its random generator; not a dependency of distavg
+
+        kinds = [type(np.dtype(code)) for code in ("u1", "u4", "u8", "i8", "f4", "f8", "bool")]
+        allowed += [np.ndarray, np.dtype, np.empty(0).__reduce__()[0], *kinds]
+    try:
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is refused in the next moment
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointNotFound(f"{path}: there is no file here") from None
+    except Exception as error:  # whatever a spoiled pickle leads to
+        refused = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
+        if refused is None:
+            raise CheckpointCorrupt(
+                f"{path} is not what torch.save writes, or is torn ({type(error).__name__})"
+            ) from error
+        raise UnsupportedError(
+            f"{path} holds {refused[1]}, which could only be rebuilt by running "
+            "code that the file names, and that is never done here. Where you trust it, read it "
+            "with torch.load(weights_only=False) and save only its tensors and numbers: "
+            "torch.save(averaged_model.state_dict(), ...)"
+        ) from None
