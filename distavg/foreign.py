@@ -1,8 +1,8 @@
 """Averages from files of other systems, written as checkpoints of distavg. One process.
 
 Recognised, by what the file holds: the state of PyTorch's `AveragedModel`, alone or anywhere in a
-checkpoint; Composer's SWA (which holds one) and EMA; the `-EMA` checkpoint of NeMo. Files are read
-with `weights_only=True`, so nothing in them runs.
+checkpoint; Composer's SWA (which holds one) and EMA; the `-EMA` checkpoint of NeMo; checkpoints of
+Lightning's `WeightAveraging`. Files are read with `weights_only=True`, so nothing in them runs.
 """
 
 import re
@@ -73,7 +73,7 @@ def read_foreign(
         ConfigError: It holds several, or none at the place.
     """
     content = _load(path)
-    finders = (_composers, _nemos, _averaged_models)
+    finders = (_composers, _nemos, _lightnings, _averaged_models)
     try:
         found = {key: average for find in finders for key, average in find(content, path)}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -81,7 +81,8 @@ def read_foreign(
     if not found:
         raise UnsupportedError(
             f"{path} holds nothing that is recognised as an average: the state of an "
-            "AveragedModel, Composer's SWA or EMA, or an -EMA checkpoint of NeMo"
+            "AveragedModel, or a checkpoint of Composer's SWA or EMA, of Lightning's "
+            "WeightAveraging, or of NeMo with -EMA in its name"
         )
     if place is None and len(found) == 1:
         (place,) = found
@@ -90,8 +91,6 @@ def read_foreign(
     average = found[place]
     if not average.num_updates:
         raise UnsupportedError(f"{path}: {average.source}: without an update it is no average")
-    if not average.tensors:
-        raise UnsupportedError(f"{path}: {average.source}: there is no tensor in it")
     for name, tensor in average.tensors.items():
         if not isinstance(tensor, Tensor):
             raise UnsupportedError(f"{path}: {name} is no tensor, but a {type(tensor).__name__}")
@@ -200,6 +199,15 @@ def _nemos(content: Any, path: Path) -> _Found:
     yield "state_dict", ForeignAverage(source, "ema", model, count, steps)
 
 
+def _lightnings(content: Any, path: Path) -> _Found:
+    """Of Lightning's `WeightAveraging`: the average is the model, and its counter lies apart."""
+    state = content.get("averaging_state") if isinstance(content, Mapping) else None
+    if isinstance(state, Mapping):
+        count, model = int(state["n_averaged"]), dict(content["state_dict"])
+        source = "Lightning's WeightAveraging"
+        yield "state_dict", ForeignAverage(source, "ema", model, count, int(content["global_step"]))
+
+
 def _averaged_models(content: Any, path: Path, place: str = "", depth: int = 6) -> _Found:
     """Wherever `n_averaged` stands beside tensors under `module.`."""
     if isinstance(content, Mapping):
@@ -215,7 +223,8 @@ def _averaged_models(content: Any, path: Path, place: str = "", depth: int = 6) 
             where = ".".join(filter(None, [place, before.rstrip(".")]))
             name = "ema" if "ema" in f"{path.stem} {where}".lower() else "swa"
             average = ForeignAverage("PyTorch's AveragedModel", name, tensors, count)
-            yield where or "the whole file", average
+            if tensors:
+                yield where or "the whole file", average
     children: Iterable[tuple[Any, Any]] = ()
     if isinstance(content, Mapping) and "algorithms" not in content:  # those are Composer's
         children = content.items()

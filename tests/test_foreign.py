@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import importlib
 import io
 import pickle
 import random
@@ -360,6 +361,55 @@ def test_nemos_weights_alone(tmp_path: Path) -> None:
     assert "NeMo's EMA (decay=unknown, every_n_steps=1); step 5" in convert(path)
 
 
+# ------------------------------------------------------------------------------------- Lightning
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightnings_own_checkpoint(tmp_path: Path) -> None:
+    lightning = importlib.import_module("lightning")
+    callbacks = importlib.import_module("lightning.pytorch.callbacks")
+
+    class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = small()
+
+        def training_step(self, batch: Any) -> Tensor:
+            return self.net(batch[0]).square().mean()  # type: ignore[no-any-return]
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    module, average = Module(), callbacks.EMAWeightAveraging(decay=0.9)
+    data = torch.utils.data.TensorDataset(torch.randn(24, 3))
+    trainer = lightning.Trainer(
+        max_steps=5,
+        accelerator="cpu",
+        callbacks=[average],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    saved: list[AveragedModel] = []
+
+    class Save(lightning.Callback):  # type: ignore[misc, name-defined]
+        def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:
+            if trainer.global_step == 5 and not saved:
+                trainer.save_checkpoint(tmp_path / "step=5.ckpt")
+                saved.append(copy.deepcopy(average._average_model))
+
+    trainer.callbacks.append(Save())
+    trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=4))
+    assert "Lightning's WeightAveraging; step 5" in convert(tmp_path / "step=5.ckpt")
+    averager = Averager(module, EMA(0.9))
+    averager.load(tmp_path / "step=5")
+    assert averager["ema"].num_updates == int(saved[0].n_averaged)
+    expected = dict(saved[0].module.named_parameters())
+    assert differences(shards_of(averager), {n: p.detach() for n, p in expected.items()}) == []
+
+
 # ---------------------------------------------------------------------------------- what is refused
 
 
@@ -421,7 +471,8 @@ def test_spoiled_bits_end_in_distavgs_own_errors(tmp_path: Path) -> None:
         (small().state_dict(), "holds nothing that is recognised as an average"),
         (averaged(small(), 0).state_dict(), "without an update it is no average"),
         ({"n_averaged": torch.tensor(1), "module.x": 3}, "x is no tensor, but a int"),
-        ({"n_averaged": torch.tensor(1)}, "AveragedModel: there is no tensor in it"),
+        ({"n_averaged": torch.tensor(1)}, "holds nothing that is recognised as an average"),
+        ({"averaging_state": {}, "state_dict": {}}, "lacks what its kind of file has"),
         (
             composers([("EMA", {**EMA_STATES["present"][0], "ema_started": False})], weights(1)),
             "Composer's EMA: without an update it is no average",
