@@ -4,7 +4,8 @@ from typing import NoReturn
 
 from distavg.average import Average
 from distavg.averager import Averager
-from distavg.checkpoint.save import SaveHandle, latest
+from distavg.checkpoint.folders import latest
+from distavg.checkpoint.save import SaveHandle
 from distavg.errors import (
     CheckpointCorrupt,
     CheckpointError,

@@ -6,7 +6,7 @@ import re
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,8 +19,17 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from distavg.average import Average, Updates
+from distavg.checkpoint.folders import reading
 from distavg.checkpoint.load import plan_load
-from distavg.checkpoint.save import Also, SaveHandle, SaveRequest, call_also, save
+from distavg.checkpoint.save import (
+    Also,
+    Contents,
+    Save,
+    SaveHandle,
+    SaveRequest,
+    call_also,
+    check_copies,
+)
 from distavg.comm import Comm
 from distavg.errors import CheckpointMismatch, ConfigError, StateError, UnsupportedError
 from distavg.gather import copy_into, iter_whole_tensors, squared_distance
@@ -106,6 +115,7 @@ class Averager:
         self._id = uuid.uuid4().hex
         self._loaded: str | None = None  # the save that this run goes on from
         self._broken: str | None = None
+        self._saving: SaveHandle | None = None  # the last one in the background
         self._is_behind = False  # the model has changed, and not every average has followed
         self._hooks = OptimizerHooks(self.step)
         with self._comm.together("building an Averager"):
@@ -359,7 +369,10 @@ class Averager:
 
         Args:
             path: A folder of its own, on a file system that all ranks share.
-            block: Background saves come with a later release.
+            block: Whether to return when it is committed. Otherwise at once after `also` and a copy
+                of this rank's shards to host memory; the rest happens in a thread. One save is
+                under way at a time: the next `save` or `load` waits for it, and raises what it
+                failed with. Call `wait()` before `destroy_process_group()`.
             overwrite: Replace the checkpoint at `path`; it stays whole until the new one is.
             keep: Afterwards remove all but this many newest checkpoints of this run (the same
                 averager, over resumes) in the parent folder; never the one that it was loaded from.
@@ -372,12 +385,14 @@ class Averager:
             ReplicaMismatch: Averages that ranks hold whole differ.
             StateError: `also` inside `applied()`: it would take the average for the model.
         """
+        self._finish_saving()
         doing = f"saving to {path}"
-        self._meet(doing, lambda: self._check_save(block=block, keep=keep, also=also))
-        counters = [average.num_updates for average in self._averages.values()]
-        self._check_alike((self._position.steps, *counters), doing)
+        self._meet(doing, lambda: self._check_save(keep=keep, also=also))
+        averages = list(self._averages.values())
+        self._check_alike((self._position.steps, *(a.num_updates for a in averages)), doing)
         if self._shards.is_divided and not self._applied_name():
             self._shards.check_replicas(doing)
+        check_copies(averages, self._shards, self._comm, doing)
         request = SaveRequest(
             Path(path),
             self._id,
@@ -388,8 +403,19 @@ class Averager:
             also=None if also is None else self._hooks.paused(also),
             spared=self._loaded,
         )
-        save(request, list(self._averages.values()), self._shards, self._comm)
-        return SaveHandle(request.path)
+        contents = [Contents.of(average, self._shards, copy=not block) for average in averages]
+        saving = Save(request, contents, self._comm if block else self._comm.for_a_thread())
+        if block:
+            saving.finish()
+            return SaveHandle(request.path)
+        self._saving = SaveHandle(request.path, saving.finish)
+        return self._saving
+
+    def _finish_saving(self) -> None:
+        """Wait for a save in the background, and raise what it ended with."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.wait()
 
     def load(
         self,
@@ -427,44 +453,48 @@ class Averager:
             CheckpointMismatch: Other names, shapes, dtypes or rules.
             StateError: An average is applied at the moment.
         """
+        self._finish_saving()
         averages = list(self._averages.values())
         doing = f"loading {path}"
         self._meet(doing, lambda: self._check_load(path))
-        with self._comm.together(doing):
-            plan = plan_load(
-                Path(str(path)),
-                averages,
-                self._shards,
-                names=names,
-                missing=missing,
-                rules=rules,
-                cast=cast,
-                need_extra=also is not None,
-            )
-            schedules = {n: Schedule(n, rule, self._clock) for n, rule in plan.rules.items()}
-        if len(set(self._comm.gather(plan.manifest.save_id, doing))) > 1:
-            raise CheckpointMismatch(
-                f"{path} is not the same checkpoint on all ranks: load from a file system that "
-                "they share"
-            )
-        with self._comm.together(doing):
-            plan.check_ties(averages, verify=verify)
-        if also is not None:
+        with ExitStack() as stack:
             with self._comm.together(doing):
-                call_also(self._hooks.paused(also), plan.path / str(plan.manifest.extra_folder))
-        self._broken = (
-            f"{doing} failed half-way, so the averages hold a mixture of old and new values: load "
-            "a good checkpoint first"
-        )
-        with self._comm.together(doing):
-            plan.read(averages, verify=verify)
+                manifest = stack.enter_context(reading(Path(str(path))))
+                plan = plan_load(
+                    Path(str(path)),
+                    manifest,
+                    averages,
+                    self._shards,
+                    names=names,
+                    missing=missing,
+                    rules=rules,
+                    cast=cast,
+                    need_extra=also is not None,
+                )
+                schedules = {n: Schedule(n, rule, self._clock) for n, rule in plan.rules.items()}
+            if len(set(self._comm.gather(manifest.save_id, doing))) > 1:
+                raise CheckpointMismatch(
+                    f"{path} is not the same checkpoint on all ranks: load from a file system "
+                    "that they share"
+                )
+            with self._comm.together(doing):
+                plan.check_ties(averages, verify=verify)
+            if also is not None:
+                with self._comm.together(doing):
+                    call_also(self._hooks.paused(also), plan.path / str(manifest.extra_folder))
+            self._broken = (
+                f"{doing} failed half-way, so the averages hold a mixture of old and new values: "
+                "load a good checkpoint first"
+            )
+            with self._comm.together(doing):
+                plan.read(averages, verify=verify)
         for average in averages:
             source = plan.sources.get(average.name)
             average.num_updates = source.num_updates if source is not None else 0
             average.schedule = schedules.get(average.name, average.schedule)
             average.damaged = None
-        self._position = Position(plan.manifest.steps, plan.manifest.epochs)
-        self._id, self._loaded = plan.manifest.averager_id, plan.manifest.save_id
+        self._position = Position(manifest.steps, manifest.epochs)
+        self._id, self._loaded = manifest.averager_id, manifest.save_id
         self._broken = None
 
     def state_dict(self) -> "OrderedDict[str, Any]":
@@ -512,10 +542,8 @@ class Averager:
                 metrics[f"{name}/relative_distance"] = apart / norm if norm else 0.0
         return metrics
 
-    def _check_save(self, *, block: bool, keep: int | None, also: Also | None) -> None:
+    def _check_save(self, *, keep: int | None, also: Also | None) -> None:
         self._check_usable()
-        if not block:
-            raise UnsupportedError("save(block=False) is not in this release: save with block=True")
         if keep is not None and (type(keep) is not int or keep < 1):
             raise ConfigError(f"save: keep={keep!r} is not a number of checkpoints, at least 1")
         if also is not None and (inside := self._applied_name()):

@@ -6,6 +6,7 @@ timeout: a rank that does not come ends as a `RankError` on the others, never as
 """
 
 import atexit
+import copy
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -56,6 +57,14 @@ class Comm:
                 self.group = _GROUPS.get(self.ranks, timeout)
             _let_gloo_finish_at_exit()
             self.rank, self.size = dist.get_rank(self.group), len(self.ranks)
+
+    def for_a_thread(self) -> "Comm":
+        """The same ranks over another group, for a thread. Collective when it is first called."""
+        other = copy.copy(self)
+        if self.group is not None:
+            with lost_rank("making a group of the ranks"):
+                other.group = _GROUPS.get(self.ranks, self.timeout, purpose="a thread")
+        return other
 
     @property
     def is_parallel(self) -> bool:
@@ -199,7 +208,7 @@ def lost_rank(doing: str) -> Iterator[None]:
 
 
 class _Groups:
-    """The gloo groups that this process has made, one for each set of ranks and timeout.
+    """The gloo groups that this process has made, one for each set of ranks, timeout and purpose.
 
     Averagers share them, and none is given back: PyTorch names a group of some ranks by the number
     of groups that there are, which must not depend on when Python collects its garbage.
@@ -207,20 +216,22 @@ class _Groups:
 
     def __init__(self) -> None:
         self._world: dist.ProcessGroup | None = None
-        self._made: dict[tuple[tuple[int, ...], timedelta | None], dist.ProcessGroup] = {}
+        self._made: dict[tuple[tuple[int, ...], timedelta | None, str], dist.ProcessGroup] = {}
 
-    def get(self, ranks: tuple[int, ...], timeout: timedelta | None) -> dist.ProcessGroup:
+    def get(
+        self, ranks: tuple[int, ...], timeout: timedelta | None, purpose: str = ""
+    ) -> dist.ProcessGroup:
         """The group of these ranks. Collective over them when it is asked for first."""
         if self._world is not dist.group.WORLD:  # the job has begun anew
             self._world, self._made = dist.group.WORLD, {}
-        if (ranks, timeout) not in self._made:
-            self._made[ranks, timeout] = dist.new_group(
+        if (ranks, timeout, purpose) not in self._made:
+            self._made[ranks, timeout, purpose] = dist.new_group(
                 list(ranks),
                 timeout=timeout,
                 backend="gloo",
                 use_local_synchronization=len(ranks) < dist.get_world_size(),
             )
-        return self._made[ranks, timeout]
+        return self._made[ranks, timeout, purpose]
 
 
 _GROUPS = _Groups()

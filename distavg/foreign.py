@@ -6,6 +6,7 @@ Lightning's `WeightAveraging`. Files are read with `weights_only=True`, so nothi
 """
 
 import re
+import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -17,18 +18,18 @@ from typing import Any
 
 import torch
 import xxhash
-from torch import Tensor, nn
+from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from distavg.average import Average
-from distavg.checkpoint.save import SaveRequest, save
+from distavg.checkpoint.manifest import ITEM_BYTES, SavedTensor
+from distavg.checkpoint.save import Contents, Save, SaveRequest
 from distavg.comm import Comm
 from distavg.errors import CheckpointCorrupt, CheckpointNotFound, ConfigError, UnsupportedError
 from distavg.foreach import as_bytes
+from distavg.layout import Box
 from distavg.names import WRAPPER_LEVELS
 from distavg.rules import Imported
-from distavg.schedule import Clock, Schedule
-from distavg.shards import ModelShards
+from distavg.tensors import Shard
 
 __all__ = ["ForeignAverage", "read_foreign", "write_foreign"]
 
@@ -105,23 +106,25 @@ def write_foreign(average: ForeignAverage, path: Path) -> None:
         CheckpointError: It cannot be written.
     """
     unknown = tuple(what for what in ("steps", "epochs") if getattr(average, what) is None)
-    comm = Comm()
-    shards = ModelShards(
-        _model_of(average.tensors),
-        comm,
-        replicas=None,
-        shard_replicas=True,
-        include=None,
-        exclude=None,
-        hold_buffers=True,
-    )
-    rule = Imported(source=average.source, unknown=unknown)
-    ours = Average(Schedule(average.name, rule, Clock()), shards, dtype=None)
-    ours.settle()
-    ours.num_updates = average.num_updates
+    names: dict[tuple[Any, ...], list[str]] = {}
+    for name, tensor in average.tensors.items():  # what shares memory is tied
+        place = (tensor.data_ptr() or name, tensor.dtype, tensor.shape, tensor.stride())
+        names.setdefault(place, []).append(name)
+    shards, tensors = [], {}
+    for first, *aliases in names.values():
+        tensor = average.tensors[first].detach()
+        if tensor.dtype in (torch.bfloat16, torch.float16):
+            tensor = tensor.float()  # what an Averager holds
+        shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+        shards.append(Shard(first, Box.whole(shape), shape, tensor))
+        tensors[first] = SavedTensor(first, shape, dtype, tuple(aliases))
+        if dtype not in ITEM_BYTES:
+            raise UnsupportedError(f"{first}: {dtype} cannot be averaged")
+    rule = Imported(source=average.source, unknown=unknown).record()
+    contents = Contents(average.name, rule, average.num_updates, tensors, tuple(shards))
     request = SaveRequest(
         path,
-        "imported",
+        uuid.uuid4().hex,
         average.steps or 0,
         average.epochs or Fraction(0),
         overwrite=False,
@@ -129,7 +132,7 @@ def write_foreign(average: ForeignAverage, path: Path) -> None:
         also=None,
         spared=None,
     )
-    save(request, [ours], shards, comm)
+    Save(request, [contents], Comm()).finish()
 
 
 _Found = Iterator[tuple[str, ForeignAverage]]
@@ -252,24 +255,6 @@ def _with_the_models_names(tensors: Mapping[str, Tensor], prefix: str | None) ->
     while named and all(name.startswith("module.") for name in named):
         named = {name.removeprefix("module."): tensor for name, tensor in named.items()}
     return named
-
-
-def _model_of(tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A module that has these tensors by these names; what shares memory is tied."""
-    root = nn.Module()
-    parameters: dict[tuple[Any, ...], nn.Parameter] = {}
-    for name, tensor in tensors.items():
-        *path, leaf = name.split(".")
-        module = root
-        for part in path:
-            module = module._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
-        if tensor.is_floating_point():
-            where = (tensor.data_ptr() or name, tensor.dtype, tensor.shape, tensor.stride())
-            parameter = parameters.setdefault(where, nn.Parameter(tensor.detach()))
-            module._parameters[leaf] = parameter
-        else:
-            module._buffers[leaf] = tensor
-    return root
 
 
 def _load(path: Path) -> Any:

@@ -371,8 +371,6 @@ def test_what_comes_with_a_later_release_says_so() -> None:
     averager = Averager(nn.Linear(1, 1), EMA())
     with pytest.raises(UnsupportedError, match="recalibrate_batchnorm is not in this release"):
         averager.recalibrate_batchnorm([])
-    with pytest.raises(UnsupportedError, match="save with block=True"):
-        averager.save("/nonexistent", block=False)
 
 
 def refused_on_one_rank(what: str) -> str:

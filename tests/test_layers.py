@@ -34,6 +34,7 @@ LEVELS = (
     "checkpoint.manifest",
     "checkpoint.plan",
     "checkpoint.files",
+    "checkpoint.folders",
     "checkpoint.save",
     "checkpoint.load",
     "checkpoint",  # its __init__

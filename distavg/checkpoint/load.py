@@ -100,6 +100,7 @@ class LoadPlan:
 
 def plan_load(
     path: Path,
+    manifest: Manifest,
     averages: Sequence[Average],
     model_shards: ModelShards,
     *,
@@ -113,6 +114,7 @@ def plan_load(
 
     Args:
         path: The checkpoint.
+        manifest: Its manifest.
         averages: The averages of the averager.
         model_shards: The live tensors.
         names: Saved name -> name here, for averages that were renamed.
@@ -122,8 +124,7 @@ def plan_load(
         need_extra: Whether what `save(also=)` wrote is wanted, too.
 
     Raises:
-        CheckpointNotFound: There is no committed checkpoint.
-        CheckpointCorrupt: The manifest or a file is missing, torn, foreign or spoiled.
+        CheckpointCorrupt: A file is missing, torn, foreign or spoiled.
         CheckpointMismatch: It is not of these averages or of this model.
         ConfigError: A name or an option that cannot be.
     """
@@ -133,7 +134,6 @@ def plan_load(
     ):
         if value not in allowed:
             raise ConfigError(f"load: {option}={value!r} is none of {allowed}")
-    manifest = read_manifest(path)
     if need_extra and manifest.extra_folder is None:
         raise CheckpointMismatch(f"{path} was saved without also=, so load(also=) has no folder")
     sources = _sources(path, manifest, [a.name for a in averages], names or {}, missing)

@@ -89,6 +89,11 @@ class SavedTensor:
         """Bytes of an element."""
         return ITEM_BYTES[self.dtype]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return math.prod(self.shape) * self.item_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class SavedAverage:
@@ -103,7 +108,7 @@ class SavedAverage:
     @property
     def nbytes(self) -> int:
         """Bytes of the whole average."""
-        return sum(math.prod(t.shape) * t.item_bytes for t in self.tensors.values())
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def boxes(self) -> dict[str, list[tuple[SavedFile, SavedBox]]]:
         """Where each tensor's boxes are."""

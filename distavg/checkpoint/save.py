@@ -1,37 +1,43 @@
 """Saving: every rank writes its own shards, and one rename commits them all.
 
 1. Rank 0 checks the target, picks the save id and the folders, makes them, tells the others.
-2. Every rank writes and flushes its files. A vote.
-3. `also=` runs on every rank. A vote.
+2. `also=` runs on every rank. A vote. From here on a background save goes on in a thread.
+3. Every rank writes and flushes its files. A vote.
 4. Rank 0 gathers what was written, proves that every tensor is covered exactly once, and writes
    the manifest beside its place. A vote.
 5. Rank 0 renames the manifest into place: the commit. Then it removes what was replaced. A vote.
 
 On any failure every rank raises, and rank 0 removes what was written. While a save is under way
-the target holds a marker that lists its folders and those that it replaces: a save that died leaves
-it, and the next save to the same path removes the folders that are not committed, and nothing else.
+the target holds a marker (`distavg.checkpoint.folders`): if it dies, the next save to the same path
+removes the folders that are not committed, and nothing else.
 """
 
 import json
-import math
+import logging
 import os
-import re
 import shutil
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import cast
+from typing import Any, BinaryIO, cast
 
 from torch import Tensor
 
 from distavg.average import Average
 from distavg.checkpoint.files import fsync_path, write_shards
+from distavg.checkpoint.folders import (
+    TEMPORARY_PREFIX,
+    check_unmarked,
+    clean,
+    prune,
+    take_marker,
+)
 from distavg.checkpoint.manifest import (
-    FOLDER_PATTERN,
     MANIFEST_NAME,
     Manifest,
     SavedAverage,
@@ -43,18 +49,17 @@ from distavg.comm import Comm
 from distavg.errors import CheckpointError, CheckpointExists, CheckpointNotFound, DistavgError
 from distavg.layout import Box
 from distavg.shards import ModelShards, check_equal
+from distavg.tensors import Shard
 
-__all__ = ["SaveHandle", "SaveRequest", "committed", "latest", "save"]
+logger = logging.getLogger("distavg")
 
-# Averages' names, and so their folders, do not begin with a dot.
-_MARKER_NAME = ".distavg-uncommitted.json"
-_TEMPORARY_PREFIX = f".{MANIFEST_NAME}."
+__all__ = ["Contents", "Save", "SaveHandle", "SaveRequest", "call_also", "check_copies"]
+
 _EXTRA_NAME = "train"
 
 Also = Callable[[Path], object]
 
 
-@dataclass(frozen=True, slots=True)
 class SaveHandle:
     """A save that has been started; a blocking one is finished when it is returned.
 
@@ -62,14 +67,86 @@ class SaveHandle:
         path: The checkpoint.
     """
 
-    path: Path
+    def __init__(self, path: Path, finish: Callable[[], object] | None = None) -> None:
+        self.path = path
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        if finish is not None:
+            # Not a daemon: a process that ends waits for it.
+            self._thread = threading.Thread(target=self._run, args=(finish,), name="distavg-save")
+            self._thread.start()
+
+    def _run(self, finish: Callable[[], object]) -> None:
+        try:
+            finish()
+        except BaseException as error:
+            self._error = error
+            logger.error("saving to %s in the background failed: %s", self.path, error)
 
     def wait(self) -> None:
-        """Return when the checkpoint is committed."""
+        """Return when the checkpoint is committed. Not collective.
+
+        Raises:
+            CheckpointError: The save failed; nothing is left behind. Raised once on every rank,
+                here or by the averager's next `save` or `load`.
+            RankError: A rank was lost.
+        """
+        if self._thread is not None:
+            self._thread.join()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
     def done(self) -> bool:
-        """Whether the checkpoint is committed."""
-        return True
+        """Whether the save has ended on this rank, well or not."""
+        return self._thread is None or not self._thread.is_alive()
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What is saved of one average.
+
+    Attributes:
+        name: The average's.
+        rule: Its rule's record.
+        num_updates: Its counter.
+        tensors: What it holds, whole; the same on every rank.
+        shards: What this rank writes.
+    """
+
+    name: str
+    rule: dict[str, Any]
+    num_updates: int
+    tensors: dict[str, SavedTensor]
+    shards: tuple[Shard, ...]
+
+    @classmethod
+    def of(cls, average: Average, model_shards: ModelShards, *, copy: bool) -> "Contents":
+        """An average as it is now.
+
+        Args:
+            average: The average.
+            model_shards: Its live tensors.
+            copy: Whether to copy its memory to the host, so that updates may go on.
+        """
+        counted = [shard for shard in average.shards() if model_shards.is_counted(shard.fqn)]
+        if copy:
+            counted = [
+                replace(shard, tensor=shard.tensor.detach().to("cpu", copy=True))
+                for shard in counted
+            ]
+        tensors = {
+            tensor.fqn: SavedTensor(
+                tensor.fqn,
+                tensor.shape,
+                str(average.dtypes[tensor.fqn]).removeprefix("torch."),
+                tensor.aliases,
+            )
+            for tensor in model_shards.catalogue
+            if tensor.is_held
+        }
+        record = average.rule.record()
+        return cls(average.name, record, average.num_updates, tensors, tuple(counted))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +174,14 @@ class SaveRequest:
     spared: str | None
 
 
+@contextmanager
+def _as_checkpoint_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
+
+
 @dataclass(frozen=True, slots=True)
 class _Target:
     """What rank 0 decided: the id and the folders of this save."""
@@ -106,62 +191,76 @@ class _Target:
     extra_folder: str | None
 
 
-@contextmanager
-def _as_checkpoint_error(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error}") from error
-
-
-def save(
-    request: SaveRequest, averages: Sequence[Average], model_shards: ModelShards, comm: Comm
-) -> None:
-    """Write a checkpoint. Collective; see the module for the protocol.
+class Save:
+    """A save under way. Collective to begin and to finish.
 
     Communicates only small records, over gloo: a broadcast, votes, and a gather to rank 0 of the
     file records (about 16 bytes for every 256 KiB of data).
 
+    Args:
+        request: What to do.
+        contents: The averages.
+        comm: The ranks; nothing else may use it until the save is finished.
+
     Raises:
         CheckpointExists: There is a checkpoint or something else at the path.
         CheckpointError: Anything failed on any rank; names the ranks.
-        ReplicaMismatch: Averages that every rank holds whole differ between ranks.
     """
-    doing = f"saving to {request.path}"
-    prepared: _Target | None = None
-    with comm.together(doing), _as_checkpoint_error(request.path):
-        if comm.rank == 0:
-            nbytes = sum(
-                math.prod(tensor.shape) * average.dtypes[tensor.fqn].itemsize
-                for average in averages
-                for tensor in model_shards.catalogue
-                if tensor.is_held
-            )
-            prepared = _prepare(request, [average.name for average in averages], nbytes)
-    target = cast(_Target, comm.broadcast(prepared, doing))
-    try:
+
+    def __init__(self, request: SaveRequest, contents: Sequence[Contents], comm: Comm) -> None:
+        self._request = request
+        self._contents = contents
+        self._comm = comm
+        self._doing = f"saving to {request.path}"
+        self._marker: BinaryIO | None = None
+        prepared: _Target | None = None
+        with comm.together(self._doing), _as_checkpoint_error(request.path):
+            if comm.rank == 0:
+                prepared, self._marker = _prepare(request, contents)
+        with self._cleaning():
+            self._target = cast(_Target, comm.broadcast(prepared, self._doing))
+            if request.also is not None:
+                with comm.together(self._doing), _as_checkpoint_error(request.path):
+                    folder = request.path / str(self._target.extra_folder)
+                    call_also(request.also, folder)
+                    _fsync_tree(folder)  # here: no other host can flush this one's cache
+
+    def finish(self) -> None:
+        """Write everything and commit it."""
+        request, comm = self._request, self._comm
         records: dict[str, list[SavedFile]] = {}
-        _check_copies(averages, model_shards, comm, doing)
-        with comm.together(doing), _as_checkpoint_error(request.path):
-            for average in averages:
-                records[average.name] = _write(request, target, average, model_shards, comm)
-        if request.also is not None:
-            with comm.together(doing), _as_checkpoint_error(request.path):
-                folder = request.path / str(target.extra_folder)
-                call_also(request.also, folder)
-                _fsync_tree(folder)  # here, because no other host can flush this one's cache
-        gathered = comm.gather_to_first(records, doing)
-        with comm.together(doing), _as_checkpoint_error(request.path):
-            if gathered is not None:
-                _write_manifest(request, target, averages, model_shards, gathered)
-    except BaseException:
-        if comm.rank == 0:
-            with suppress(OSError):  # what cannot be removed now, the next save will remove
-                _clean(request.path)
-        raise
-    with comm.together(doing):
-        if comm.rank == 0:
-            _commit(request, target)
+        with self._cleaning():
+            with comm.together(self._doing), _as_checkpoint_error(request.path):
+                for each in self._contents:
+                    records[each.name] = _write(request, self._target, each, comm.rank)
+            gathered = comm.gather_to_first(records, self._doing)
+            with comm.together(self._doing), _as_checkpoint_error(request.path):
+                if gathered is not None:
+                    _write_manifest(request, self._target, self._contents, gathered)
+        try:
+            with comm.together(self._doing):
+                if comm.rank == 0:
+                    _commit(request, self._target)
+        finally:
+            self._let_go()
+
+    @contextmanager
+    def _cleaning(self) -> Iterator[None]:
+        """If the body raises, rank 0 removes what was written."""
+        try:
+            yield
+        except BaseException:
+            try:
+                if self._comm.rank == 0:
+                    with suppress(OSError):  # what cannot be removed now, the next save removes
+                        clean(self._request.path)
+            finally:
+                self._let_go()
+            raise
+
+    def _let_go(self) -> None:
+        if self._marker is not None:
+            self._marker.close()
 
 
 def call_also(also: Also, folder: Path) -> None:
@@ -174,25 +273,7 @@ def call_also(also: Also, folder: Path) -> None:
         raise CheckpointError(f"also= raised {type(error).__name__}: {error}") from error
 
 
-def latest(root: str | os.PathLike[str]) -> Path | None:
-    """The checkpoint in a folder that was committed last, or None. Not collective.
-
-    Looks at the folder's immediate children. Saves that were never committed do not count.
-    """
-    found = committed(Path(root))
-    return found[-1][0] if found else None
-
-
-def committed(root: Path) -> list[tuple[Path, Manifest]]:
-    """The committed checkpoints among a folder's immediate children, the oldest first."""
-    found = []
-    for path in root.iterdir() if root.is_dir() else ():
-        with suppress(CheckpointError):
-            found.append((path, read_manifest(path)))
-    return sorted(found, key=lambda each: (each[1].committed_at, each[1].steps))
-
-
-def _prepare(request: SaveRequest, names: Sequence[str], nbytes: int) -> _Target:
+def _prepare(request: SaveRequest, contents: Sequence[Contents]) -> tuple[_Target, BinaryIO]:
     """Check the target and make its folders. Rank 0."""
     path = request.path
     replaces = None
@@ -206,13 +287,16 @@ def _prepare(request: SaveRequest, names: Sequence[str], nbytes: int) -> _Target
             f"{path} holds a checkpoint already (of step {replaces.steps}): save to another path, "
             "or replace it with overwrite=True"
         )
-    _clean(path)
+    check_unmarked(path)
+    clean(path)
     if replaces is None and path.is_dir() and any(path.iterdir()):
         raise CheckpointExists(
             f"{path} is not empty and is not a checkpoint: save to a path of its own"
         )
     missing = [each for each in (path, *path.absolute().parents) if not each.exists()]
     replaced = replaces.folders if replaces is not None else []
+    nbytes = sum(tensor.nbytes for each in contents for tensor in each.tensors.values())
+    marker: BinaryIO | None = None
     try:
         path.mkdir(parents=True, exist_ok=True)
         for each in missing:
@@ -221,20 +305,23 @@ def _prepare(request: SaveRequest, names: Sequence[str], nbytes: int) -> _Target
         if free_bytes < nbytes:
             raise CheckpointError(f"{path} needs {nbytes:,} bytes, and {free_bytes:,} are free")
         taken = {MANIFEST_NAME, *(entry.name for entry in path.iterdir())}
-        folders = {name: _free_name(name, taken) for name in names}
+        folders = {each.name: _free_name(each.name, taken) for each in contents}
         extra = _free_name(_EXTRA_NAME, taken) if request.also is not None else None
         made = [*folders.values(), *([extra] if extra is not None else [])]
-        _write_marker(path, made + replaced)
+        marker = take_marker(path, made + replaced)
         for folder in made:
             (path / folder).mkdir()
         fsync_path(path)
-    except (OSError, CheckpointError):
-        with suppress(OSError):
-            _clean(path)
-        with suppress(OSError):
-            path.rmdir()  # which fails, as it should, if there is something in it
+    except BaseException as error:
+        if isinstance(error, (OSError, CheckpointError)):
+            with suppress(OSError):
+                clean(path)
+            with suppress(OSError):
+                path.rmdir()  # which fails, as it should, if there is something in it
+        if marker is not None:
+            marker.close()
         raise
-    return _Target(uuid.uuid4().hex, folders, extra)
+    return _Target(uuid.uuid4().hex, folders, extra), marker
 
 
 def _free_name(name: str, taken: set[str]) -> str:
@@ -247,10 +334,16 @@ def _free_name(name: str, taken: set[str]) -> str:
     return candidate
 
 
-def _check_copies(
+def check_copies(
     averages: Sequence[Average], model_shards: ModelShards, comm: Comm, doing: str
 ) -> None:
-    """Compare the averages that every rank holds whole, of which only the first's are saved."""
+    """Compare the averages that every rank holds whole, of which only the first's are saved.
+
+    Collective: a checksum of each of them.
+
+    Raises:
+        ReplicaMismatch: They differ.
+    """
     for average in averages:
         copies: dict[str, tuple[tuple[int, ...], list[Tensor]]] = {}
         for shard in average.shards():
@@ -260,17 +353,14 @@ def _check_copies(
         check_equal(comm, copies, f"{doing}: average {average.name!r}")
 
 
-def _write(
-    request: SaveRequest, target: _Target, average: Average, model_shards: ModelShards, comm: Comm
-) -> list[SavedFile]:
-    folder = target.folders[average.name]
+def _write(request: SaveRequest, target: _Target, contents: Contents, rank: int) -> list[SavedFile]:
+    folder = target.folders[contents.name]
     if not (request.path / folder).is_dir():
         raise CheckpointError(
             f"{request.path / folder} was made by rank 0 and is not visible here: all ranks must "
             "save to one shared file system"
         )
-    counted = [shard for shard in average.shards() if model_shards.is_counted(shard.fqn)]
-    files = write_shards(request.path, folder, comm.rank, counted, target.save_id)
+    files = write_shards(request.path, folder, rank, contents.shards, target.save_id)
     fsync_path(request.path / folder)
     return files
 
@@ -278,19 +368,19 @@ def _write(
 def _write_manifest(
     request: SaveRequest,
     target: _Target,
-    averages: Sequence[Average],
-    model_shards: ModelShards,
+    contents: Sequence[Contents],
     gathered: Sequence[Mapping[str, Sequence[SavedFile]]],
 ) -> None:
     """Prove the cover and write the manifest beside its place. Rank 0."""
     saved = {
-        average.name: _saved_average(
-            average,
-            target.folders[average.name],
-            model_shards,
-            tuple(file for records in gathered for file in records[average.name]),
+        each.name: SavedAverage(
+            folder=target.folders[each.name],
+            rule=each.rule,
+            num_updates=each.num_updates,
+            tensors=each.tensors,
+            files=tuple(file for records in gathered for file in records[each.name]),
         )
-        for average in averages
+        for each in contents
     }
     for name, average in saved.items():
         if fault := average.fault():
@@ -318,13 +408,19 @@ def _commit(request: SaveRequest, target: _Target) -> None:
         _temporary(request.path, target).rename(request.path / MANIFEST_NAME)
     except OSError as error:
         with suppress(OSError):
-            _clean(request.path)
+            clean(request.path)
         raise CheckpointError(f"{request.path} could not be committed: {error}") from error
     try:
         fsync_path(request.path)
-        _clean(request.path)
+        clean(request.path)
         if request.keep is not None:
-            _prune(request, request.keep)
+            prune(
+                request.path.absolute().parent,
+                request.keep,
+                averager_id=request.averager_id,
+                newest=request.path,
+                spared=request.spared,
+            )
     except OSError as error:
         raise CheckpointError(
             f"{request.path} is committed, but what follows a commit failed: {error}"
@@ -332,34 +428,13 @@ def _commit(request: SaveRequest, target: _Target) -> None:
 
 
 def _temporary(path: Path, target: _Target) -> Path:
-    return path / f"{_TEMPORARY_PREFIX}{target.save_id}"
+    return path / f"{TEMPORARY_PREFIX}{target.save_id}"
 
 
 def _fsync_tree(folder: Path) -> None:
     for parent, _, files in os.walk(folder):
         for entry in [*files, "."]:
             fsync_path(Path(parent, entry))
-
-
-def _saved_average(
-    average: Average, folder: str, model_shards: ModelShards, files: tuple[SavedFile, ...]
-) -> SavedAverage:
-    return SavedAverage(
-        folder=folder,
-        rule=average.rule.record(),
-        num_updates=average.num_updates,
-        tensors={
-            tensor.fqn: SavedTensor(
-                tensor.fqn,
-                tensor.shape,
-                str(average.dtypes[tensor.fqn]).removeprefix("torch."),
-                tensor.aliases,
-            )
-            for tensor in model_shards.catalogue
-            if tensor.is_held
-        },
-        files=files,
-    )
 
 
 def _write_index(root: Path, average: SavedAverage) -> None:
@@ -375,60 +450,3 @@ def _write_index(root: Path, average: SavedAverage) -> None:
     path.write_text(json.dumps(index, indent=1), encoding="utf-8")
     fsync_path(path)
     fsync_path(path.parent)
-
-
-def _clean(path: Path) -> None:
-    """Remove the folders that the marker lists, except those of the committed checkpoint.
-
-    Before a commit these are what a save left when it died, after it what the save replaced.
-    """
-    try:
-        listed = json.loads((path / _MARKER_NAME).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    except ValueError:
-        listed = []  # the marker itself was torn, before any folder was made
-    listed = listed if isinstance(listed, list) else []
-    try:
-        kept = set(read_manifest(path).folders)
-    except CheckpointNotFound:
-        kept = set()
-    names = [name for name in listed if type(name) is str and re.fullmatch(FOLDER_PATTERN, name)]
-    dead = [path / name for name in names if name not in kept]
-    for folder in dead:
-        shutil.rmtree(folder, ignore_errors=True)
-    for stale in path.glob(f"{_TEMPORARY_PREFIX}*"):
-        stale.unlink()
-    if not any(folder.exists() for folder in dead):  # or else a later save tries again
-        (path / _MARKER_NAME).unlink()
-        if not any(path.iterdir()):
-            path.rmdir()
-
-
-def _prune(request: SaveRequest, keep: int) -> None:
-    """Keep the newest checkpoints of this run in the target's parent folder.
-
-    The one just saved counts as the newest, whatever time the clocks of other machines gave.
-    """
-    run = [
-        (path, manifest)
-        for path, manifest in committed(request.path.absolute().parent)
-        if manifest.averager_id == request.averager_id and not path.is_symlink()
-    ]
-    removable = [
-        (path, manifest)
-        for path, manifest in run
-        if manifest.save_id != request.spared and not path.samefile(request.path)
-    ]
-    for path, manifest in removable[: max(0, len(run) - keep)]:
-        _write_marker(path, manifest.folders)  # a crash from here on leaves no orphans
-        (path / MANIFEST_NAME).unlink()
-        fsync_path(path)
-        _clean(path)
-
-
-def _write_marker(path: Path, folders: Sequence[str]) -> None:
-    marker = path / _MARKER_NAME
-    marker.write_text(json.dumps(folders), encoding="utf-8")
-    fsync_path(marker)
-    fsync_path(path)
