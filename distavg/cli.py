@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from distavg.checkpoint.load import verify_checkpoint
 from distavg.checkpoint.manifest import read_manifest
+from distavg.checkpoint.read import verify_checkpoint
 from distavg.errors import DistavgError
 from distavg.foreign import read_foreign, write_foreign
 from distavg.plot import draw
@@ -71,7 +71,11 @@ def verify(path: Path) -> None:
     """
     total = sum(average.nbytes for average in read_manifest(path).averages.values())
     with click.progressbar(length=total, label="verifying") as bar:
-        verified = verify_checkpoint(path, bar.update)
+        verified, faults = verify_checkpoint(path, bar.update)
+    for fault in faults:
+        click.echo(fault)
+    if faults:
+        raise click.ClickException(f"{path}: {len(faults)} faults, {verified:,} bytes read")
     click.echo(f"{path}: whole and unspoiled, {verified:,} bytes verified")
 
 

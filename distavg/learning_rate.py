@@ -78,54 +78,74 @@ class ThenSWALR(LRScheduler):
         self._before = scheduler
         self._averager = averager
         self._name = name
-        self._keeps = swa_lr is None
         self._once_per_update = once_per_update
         averager.is_started(name)  # an error, unless it names one
         self._average = averager[averager.names[0] if name is None else name]
         self._num_updates = self._average.num_updates
-        targets = [0.0] * len(self.optimizer.param_groups) if swa_lr is None else swa_lr
-        for target in targets if isinstance(targets, Sequence) else [targets]:
+        rates = self._rates()
+        targets = [swa_lr] * len(rates) if isinstance(swa_lr, (int, float)) else swa_lr
+        for target in () if targets is None else targets:
             if not isinstance(target, (int, float)) or not 0 <= target < math.inf:
                 raise ConfigError(f"ThenSWALR: swa_lr={swa_lr!r} is not one or more learning rates")
+        if targets is not None and len(targets) != len(rates):
+            raise ConfigError(
+                f"ThenSWALR: swa_lr={swa_lr!r} for an optimizer of {len(rates)} parameter groups"
+            )
+        self._targets = None if targets is None else list(targets)  # None: not settled yet
         try:
             self._swalr = SWALR(
                 self.optimizer,
-                targets,  # type: ignore[arg-type]  # its annotation lacks the documented list
+                rates,  # type: ignore[arg-type]  # its annotation lacks the documented list
                 anneal_epochs=anneal_epochs,
                 anneal_strategy=anneal_strategy,
             )
         except ValueError as error:
             raise ConfigError(f"ThenSWALR: {error}") from error
-        self._last_lr = self._swalr.get_last_lr()
+        self._last_lr = rates
 
-    def step(self, *args: Any) -> None:
+    def step(self, *args: Any, **kwargs: Any) -> None:
         """Step whichever scheduler it is the turn of.
 
         Args:
             args: For the first scheduler: what `ReduceLROnPlateau` looks at.
+            kwargs: Likewise.
+
+        Raises:
+            ConfigError: The optimizer has other parameter groups than in the beginning.
         """
         num_updates = self._average.num_updates
         is_update = num_updates > self._num_updates
         self._num_updates = num_updates
         if not self._averager.is_started(self._name):
-            self._before.step(*args)
+            self._before.step(*args, **kwargs)
         else:
             self._prepare()
             if is_update or not self._once_per_update:
                 self._swalr.step()
-        self._last_lr = [_value(group["lr"]) for group in self.optimizer.param_groups]
+        self._last_lr = self._rates()
 
     def _prepare(self) -> None:
-        """Put back what `SWALR` goes on from; before its first step, settle where it goes."""
-        has_begun = self._swalr.last_epoch > 0
-        for group, lr in zip(self.optimizer.param_groups, self._swalr.get_last_lr(), strict=True):
-            if not has_begun:
-                if self._keeps:
-                    group["swa_lr"] = _value(group["lr"])
-            elif isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
+        """Set where `SWALR` goes to, and put back what it goes on from."""
+        groups = self.optimizer.param_groups
+        if self._targets is None:
+            self._targets = self._rates()
+        if len(groups) != len(self._targets):
+            raise ConfigError(
+                f"ThenSWALR: the optimizer has {len(groups)} parameter groups, and had "
+                f"{len(self._targets)}: build a new one after add_param_group()"
+            )
+        for group, target in zip(groups, self._targets, strict=True):
+            group["swa_lr"] = target
+        if self._swalr.last_epoch > 0:
+            for group, lr in zip(groups, self._swalr.get_last_lr(), strict=True):
+                if isinstance(group["lr"], torch.Tensor):
+                    group["lr"].fill_(lr)
+                else:
+                    group["lr"] = lr
+
+    def _rates(self) -> list[Any]:
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        return [rate.clone() if isinstance(rate, torch.Tensor) else rate for rate in rates]
 
     def state_dict(self) -> dict[str, Any]:
         """The state of both schedulers."""
@@ -133,14 +153,17 @@ class ThenSWALR(LRScheduler):
             "scheduler": self._before.state_dict(),
             "swalr": self._swalr.state_dict(),
             "num_updates": self._num_updates,
+            "targets": self._targets,
+            "last_lr": self._last_lr,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` gave. The optimizer's state holds the learning rates."""
+        """Take back what `state_dict` gave, before or after the optimizer's.
+
+        As with PyTorch's schedulers, the saved settings go on, not those of the constructor.
+        """
         self._before.load_state_dict(state_dict["scheduler"])
         self._swalr.load_state_dict(state_dict["swalr"])
         self._num_updates = state_dict["num_updates"]
-
-
-def _value(lr: Any) -> Any:
-    return lr.clone() if isinstance(lr, torch.Tensor) else lr
+        self._targets = state_dict["targets"]
+        self._last_lr = state_dict["last_lr"]

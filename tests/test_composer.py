@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LinearLR, LRScheduler
 
-from distavg import ConfigError
+import distavg
+from distavg import ConfigError, UnsupportedError
 from distavg.integrations import composer as ours
 
 BATCHES = 6  # in an epoch
@@ -418,7 +419,11 @@ def compare_states(found: State, expected: State) -> None:
         (lambda: ours.EMA("1ba", 0.9), "EMA: one of half_life='1ba' and smoothing=0.9"),
         (lambda: ours.EMA(None), "EMA: one of half_life=None and smoothing=None"),
         (lambda: ours.EMA("1ep", update_interval="1ba"), "EMA: half_life='1ep' and"),
-        (lambda: ours.EMA("0.1dur"), "update_interval='1dur' must be in"),
+        (lambda: ours.EMA("0.1dur"), "update_interval='1dur' must be a whole"),
+        (lambda: ours.EMA("1ba", update_interval="0ba"), "update_interval='0ba' must be a whole"),
+        (lambda: ours.SWA(update_interval="0.5ep"), "update_interval='0.5ep' must be a whole"),
+        (lambda: ours.SWA(anneal_strategy="step"), "SWA: anneal_strategy='step' and"),
+        (lambda: ours.SWA(anneal_steps=0), "SWA: anneal_strategy='linear' and anneal_steps=0"),
         (lambda: ours.SWA("0.9dur", "0.8dur"), "SWA: swa_end='0.8dur' must be later"),
         (lambda: ours.SWA("1ep", "0.8dur"), "SWA: swa_end='0.8dur' must be later"),
         (lambda: ours.SWA(update_interval="1"), "'1' is not a time"),
@@ -430,9 +435,152 @@ def test_what_cannot_be(make: Callable[[], object], message: str) -> None:
     assert str(caught.value).startswith(message)
 
 
-def test_a_state_of_composers_own_says_the_way() -> None:
-    with pytest.raises(ConfigError, match=r"Composer's own EMA: ignore it while loading .*import"):
-        ours.EMA().load_state_dict({"repr": "EMA", "ema_started": True, "ema_model": {}})
+def test_the_defaults_are_composers() -> None:
+    assert ours.EMA("0ba")._rule == distavg.EMA(0.0, update_interval=None)
+    assert ours.EMA(None, 0.9)._update_event == "batch_end"
+    swa = ours.SWA(schedule_swa_lr=True, anneal_strategy="COSINE")
+    assert (str(swa._start.value), str(swa._end.value)) == ("7/10", "97/100")
+    assert swa._annealing == (None, 10, "cos")
+    assert not ours.EMA().match(Event.EVAL_START, state_of("4ep"))
+
+
+# ---------------------------------------------------------------------- states of Composer's own
+
+
+def theirs_at(algorithm: Any, last_batch: int) -> tuple[State, dict[str, Tensor]]:
+    """A run with one of Composer's, up to a batch, and its average in fp64."""
+    state = state_of("4ep")
+    Trainer(state, [algorithm]).fit(last_batch)
+    return state, dict(algorithm.average)
+
+
+def goes_on(state: State, algorithm: Any, expected: Any) -> None:
+    """Train to the end, and compare with a run of Composer's that was never stopped."""
+    whole = state_of("4ep")
+    Trainer(whole, [expected]).fit()
+    Trainer(state, [algorithm]).fit()
+    torch.testing.assert_close(floating(state.model), floating(whole.model), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(average_of(algorithm), average_of(expected), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("is_active", [False, True])
+@pytest.mark.parametrize("is_old", [False, True])
+def test_a_state_of_composers_own_ema_goes_on(
+    prefix: str, *, is_active: bool, is_old: bool
+) -> None:
+    """Where the average was the model, the training weights come back from beside it."""
+    make = lambda: TheirEma(2 ** (-4 / 10), since("0ba"), 4, "ba")  # noqa: E731
+    state, average = theirs_at(make(), 9)
+    training = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+    average = training | average
+    apart = {prefix + name: t for name, t in (training if is_active else average).items()}
+    theirs: dict[str, Any] = {"ema_weights_active": is_active, "ema_started": True}
+    if is_old:
+        both = {"ema_model": average, "training_model": training}
+        theirs |= {k: {prefix + n: t for n, t in v.items()} for k, v in both.items()}
+    else:
+        parameters = {prefix + name for name, _ in state.model.named_parameters()}
+        theirs["ema_model"] = {
+            "named_parameters_dict": {n: t for n, t in apart.items() if n in parameters},
+            "named_buffers_dict": {n: t for n, t in apart.items() if n not in parameters},
+        }
+    state.model.load_state_dict(average if is_active else training)
+    algorithm = ours.EMA("10ba", update_interval="4ba")
+    algorithm.load_state_dict(theirs)
+    goes_on(state, algorithm, make())
+
+
+def test_a_state_of_composers_own_swa_goes_on() -> None:
+    make = lambda: TheirSwa(since("1ep"), since("3ep"), 4, "ba")  # noqa: E731
+    stopped = make()
+    state, average = theirs_at(stopped, 13)
+    algorithm = ours.SWA("1ep", "3ep", update_interval="4ba")
+    theirs = {
+        "swa_model": {
+            "n_averaged": torch.tensor(stopped.samples),
+            **{f"module.{n}": t for n, t in (state.model.state_dict() | average).items()},
+        },
+        "swa_completed": False,
+        "swa_started": True,
+        "step_counter": stopped.counter,
+        "swa_scheduler": None,
+    }
+    algorithm.load_state_dict(theirs)
+    goes_on(state, algorithm, make())
+    with pytest.raises(UnsupportedError, match="the learning rate schedule in this state"):
+        algorithm.load_state_dict({**theirs, "swa_scheduler": {"last_epoch": 1}})
+
+
+# --------------------------------------------------------------------- odd ways through a trainer
+
+
+def resumed_at(last_batch: int, make: Callable[[], Any]) -> tuple[State, Any, Any]:
+    state, first = state_of("4ep"), make()
+    Trainer(state, [first]).fit(last_batch)
+    resumed = make()
+    resumed.load_state_dict(first.state_dict())
+    return state, first, resumed
+
+
+def test_an_evaluation_alone_after_a_resume_is_of_the_average() -> None:
+    state, first, resumed = resumed_at(9, lambda: ours.EMA("3ba"))
+    seen: list[Tensor] = []
+    trainer = Trainer(state, [resumed])
+    trainer.run_event(Event.EVAL_START)
+    seen += [parameter.detach().clone() for parameter in state.model.parameters()]
+    trainer.run_event(Event.EVAL_END)
+    average = {shard.fqn: shard.tensor for shard in first.averager["ema"].shards()}
+    names = [name for name, _ in state.model.named_parameters()]
+    assert all(torch.equal(average[name], tensor) for name, tensor in zip(names, seen, strict=True))
+
+
+@pytest.mark.parametrize("make", [lambda: ours.EMA("3ba"), lambda: ours.SWA(**ANNEALED)])
+def test_what_is_saved_before_training_is_what_was_loaded(make: Callable[[], Any]) -> None:
+    _, first, resumed = resumed_at(9, make)
+    again = make()
+    again.load_state_dict(resumed.state_dict())
+    found, expected = again.state_dict(), first.state_dict()
+    assert found.keys() == expected.keys()
+    assert found["num_updates"] == expected["num_updates"] > 0
+    torch.testing.assert_close(found["average"], expected["average"], rtol=0, atol=0)
+    assert found.get("scheduler") == expected.get("scheduler")
+
+
+def test_a_state_from_before_training() -> None:
+    resumed = ours.SWA("1ep", "3ep")
+    resumed.load_state_dict(ours.SWA("1ep", "3ep").state_dict())
+    Trainer(state_of("4ep"), [resumed]).fit()
+    assert resumed.is_completed
+
+
+def test_no_whole_copy_stays() -> None:
+    state, _, resumed = resumed_at(9, lambda: ours.EMA("3ba"))
+    Trainer(state, [resumed]).fit()
+    assert resumed._state == {}
+
+
+def test_training_goes_on_after_an_evaluation_that_was_interrupted() -> None:
+    state, algorithm = state_of("4ep"), ours.EMA("3ba")
+    trainer = Trainer(state, [algorithm])
+    trainer.fit(9)
+    live = [parameter.detach().clone() for parameter in state.model.parameters()]
+    trainer.run_event(Event.EVAL_START)
+    trainer.run_event(Event.EVAL_START)  # another one
+    assert not torch.equal(next(state.model.parameters()), live[0])
+    trainer.run_event(Event.BATCH_START)
+    assert all(map(torch.equal, state.model.parameters(), live))
+    trainer.fit()
+
+
+def test_a_run_that_is_made_longer_does_not_begin_again() -> None:
+    state, algorithm = state_of("4ep"), ours.EMA("3ba", ema_start="0.5dur")
+    trainer = Trainer(state, [algorithm])
+    trainer.fit(14)
+    num_updates = algorithm.averager["ema"].num_updates  # type: ignore[index]
+    state.max_duration = "40ep"
+    trainer.fit(17)
+    assert algorithm.averager["ema"].num_updates == num_updates + 3  # type: ignore[index]
 
 
 # --------------------------------------------------------------------------------- several ranks

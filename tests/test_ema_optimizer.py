@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -78,6 +79,14 @@ def test_the_numbers_of_the_original(every_n_steps: int) -> None:
     with torch.no_grad():
         model[0].weight.fill_(3)  # weights that are loaded before the first step are the first
     train(optimizer, original, 12, parameters)
+
+
+def test_the_defaults_and_a_step_to_begin_at() -> None:
+    model = double_model()
+    assert EMAOptimizer(SGD(model.parameters(), lr=0.5), "cpu").decay == 0.9999
+    optimizer = EMAOptimizer(SGD(model.parameters(), lr=0.5), "cpu", 0.5, 2, 1)
+    optimizer.step()
+    assert (optimizer.current_step, optimizer.averager["ema"].num_updates) == (2, 1)
 
 
 def test_weights_are_swapped_and_put_back() -> None:
@@ -211,6 +220,7 @@ def test_a_state_of_the_original_is_taken_over() -> None:
     optimizer.load_state_dict(saved(theirs))
     held = [tensor for i, tensor in enumerate(ema) if i != 1]
     assert all(map(torch.equal, ema_of(optimizer), held))
+    assert not any(tensor.requires_grad for tensor in optimizer.state_dict()["ema"])
     live = [parameter for i, parameter in enumerate(parameters) if i != 1]
     original = Original(live, 0.9, 4)
     original.ema, original.current_step = [tensor.detach().clone() for tensor in held], 5
@@ -285,6 +295,51 @@ def alone() -> list[str]:
     return [] if held == whole else [f"{held} elements of {whole} are held"]
 
 
+def test_it_is_not_copied() -> None:
+    optimizer = EMAOptimizer(SGD(double_model().parameters(), lr=0.5), "cpu")
+    with pytest.raises(TypeError, match=r"not copied or pickled: use its state_dict\(\)"):
+        copy.deepcopy(optimizer)
+
+
+def test_a_state_without_an_ema_is_refused() -> None:
+    inner = SGD(double_model().parameters(), lr=0.5)
+    with pytest.raises(CheckpointMismatch, match=r"no EMA in the state of 0\.0 at"):
+        EMAOptimizer(inner, "cpu").load_state_dict(inner.state_dict())
+
+
+class Zeroing(SGD):
+    """An optimizer with a `zero_grad` of its own."""
+
+    calls = 0
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.calls += 1
+        super().zero_grad(set_to_none)
+
+
+def test_the_inner_optimizer_zeroes_its_gradients() -> None:
+    inner = Zeroing(double_model().parameters(), lr=0.5)
+    EMAOptimizer(inner, "cpu").zero_grad()
+    assert inner.calls == 1
+
+
+def on_one_rank_only() -> str:
+    """Rank 1 loads what rank 0 saved."""
+    model = build("ddp")
+    optimizer = EMAOptimizer(SGD(model.parameters(), lr=0.1), "cpu", model=model)
+    backward(model)
+    optimizer.step()
+    states: list[Any] = [None, None]
+    dist.all_gather_object(states, optimizer.state_dict())
+    return error_of(optimizer.load_state_dict, states[0])
+
+
+def test_a_refusal_on_one_rank_is_one_on_all() -> None:
+    first, second = run_ranks(on_one_rank_only, 2)
+    assert first.startswith("CheckpointMismatch: EMAOptimizer.load_state_dict() failed. rank 1: ")
+    assert second.startswith("CheckpointMismatch: EMAOptimizer: no EMA in the state of ")
+
+
 def refusals() -> list[str]:
     errors = []
     for layout in ("fsdp2", "fsdp1", "fsdp1-flat"):
@@ -303,8 +358,7 @@ def refusals() -> list[str]:
 
 def test_what_is_refused_on_ranks() -> None:
     for errors in run_ranks(refusals, 2):
-        sharded = (
-            "ConfigError: EMAOptimizer: the parameters are sharded: pass model=, in its wrappers"
-        )
+        sharded = "ConfigError: EMAOptimizer: the parameters are sharded: pass model=, wrapped"
         assert errors[:3] == [sharded] * 3
-        assert errors[3].startswith("CheckpointMismatch: EMAOptimizer: no EMA in the state of ")
+        assert errors[3].startswith("CheckpointMismatch: EMAOptimizer")
+        assert "no EMA in the state of " in errors[3]

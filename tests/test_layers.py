@@ -37,6 +37,7 @@ LEVELS = (
     "checkpoint.folders",
     "checkpoint.save",
     "checkpoint.load",
+    "checkpoint.read",
     "checkpoint",  # its __init__
     "hooks",
     "state",

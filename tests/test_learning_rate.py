@@ -151,13 +151,22 @@ def test_without_a_target_it_stays_where_it_is_at_the_start() -> None:
 
 
 def per_update(run: Run) -> ThenSWALR:
-    return recipe(run, anneal_epochs=8, once_per_update=True, swa_lr=None)
+    return recipe(run, anneal_epochs=8, once_per_update=True)
 
 
-@pytest.mark.parametrize("build", [recipe, per_update])
+def kept(run: Run) -> ThenSWALR:
+    return recipe(run, swa_lr=None)
+
+
+def at_once(run: Run) -> ThenSWALR:
+    return recipe(run, anneal_epochs=0)
+
+
+@pytest.mark.parametrize("is_loaded_first", [False, True])
+@pytest.mark.parametrize("build", [recipe, per_update, kept, at_once])
 @pytest.mark.parametrize("stop", [5, 319, 320, 321, 322, 330, 333, 390])
 def test_a_resume_goes_on_as_if_there_had_been_none(
-    build: Callable[[Run], ThenSWALR], stop: int, tmp_path: Any
+    build: Callable[[Run], ThenSWALR], stop: int, tmp_path: Any, *, is_loaded_first: bool
 ) -> None:
     rule, clock = SWA(start="320ba", update_interval="3ba"), Clock()
 
@@ -180,13 +189,45 @@ def test_a_resume_goes_on_as_if_there_had_been_none(
     torch.save([run.optimizer.state_dict(), scheduler.state_dict()], content)
 
     resumed = Run(rule, clock)
-    scheduler = build(resumed)
     content.seek(0)
     optimizer_state, scheduler_state = torch.load(content)  # plain data: weights_only suffices
+    if is_loaded_first:
+        resumed.optimizer.load_state_dict(optimizer_state)
+    scheduler = build(resumed)
+    scheduler.load_state_dict(scheduler_state)
     resumed.optimizer.load_state_dict(optimizer_state)
     resumed.averager.load(tmp_path / "a")
-    scheduler.load_state_dict(scheduler_state)
+    assert scheduler.get_last_lr() == rates(resumed.optimizer) == expected[stop]
     assert train(resumed, scheduler, 400 - stop) == expected[stop:]
+
+
+def test_annealing_over_no_steps_waits_for_the_start() -> None:
+    run = Run(SWA(start="80ep"), Clock(steps_per_epoch=4))
+    before = rates(run.optimizer)
+    ThenSWALR(ConstantLR(run.optimizer, factor=1.0), run.averager, 0.05, anneal_epochs=0)
+    assert rates(run.optimizer) == before
+
+
+def test_an_optimizers_state_from_before_there_was_one() -> None:
+    """The targets are not what an optimizer's state brings along."""
+    run = Run(SWA(start="1ba", update_interval="1ba"), Clock())
+    state = Run(SWA(), Clock(steps_per_epoch=4)).optimizer.state_dict()
+    constant = ConstantLR(run.optimizer, factor=1.0)
+    scheduler = ThenSWALR(constant, run.averager, [0.5, 0.25], anneal_epochs=1)
+    run.optimizer.load_state_dict(state)
+    for _ in range(2):
+        run.optimizer.step()
+        scheduler.step()
+    assert rates(run.optimizer) == [0.5, 0.25]
+
+
+def test_a_group_that_is_added_later_is_an_error_that_says_so() -> None:
+    run = Run(SWA(update_interval="1ba"), Clock())
+    scheduler = ThenSWALR(ConstantLR(run.optimizer, factor=1.0), run.averager, 0.5)
+    run.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    run.optimizer.step()
+    with pytest.raises(ConfigError, match=r"has 3 parameter groups, and had 2: build a new one"):
+        scheduler.step()
 
 
 def test_a_scheduler_that_looks_at_a_metric() -> None:
@@ -194,7 +235,7 @@ def test_a_scheduler_that_looks_at_a_metric() -> None:
     scheduler = ThenSWALR(ReduceLROnPlateau(run.optimizer, patience=0), run.averager, 0.5)
     for _ in range(3):
         run.optimizer.step()
-        scheduler.step(1.0)
+        scheduler.step(metrics=1.0)
     assert rates(run.optimizer) == pytest.approx([0.01, 0.0025])
 
 
@@ -208,7 +249,10 @@ def test_frameworks_take_it_for_a_scheduler() -> None:
     ("arguments", "message"),
     [
         ({"scheduler": None}, "ThenSWALR: None is not a scheduler of torch.optim.lr_scheduler"),
-        ({"swa_lr": [0.1] * 3}, "ThenSWALR: swa_lr must have the same length as"),
+        (
+            {"swa_lr": [0.1] * 3},
+            "ThenSWALR: swa_lr=[0.1, 0.1, 0.1] for an optimizer of 2 parameter",
+        ),
         ({"anneal_strategy": "step"}, "ThenSWALR: anneal_strategy must be one of"),
         ({"anneal_epochs": -1}, "ThenSWALR: anneal_epochs must be equal or greater than 0"),
         ({"name": "ema"}, "there are no average 'ema', only"),

@@ -10,7 +10,7 @@ import math
 import os
 import struct
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,7 +21,7 @@ import xxhash
 from torch import Tensor
 
 from distavg.checkpoint.manifest import BLOCK_BYTES, SavedBox, SavedFile
-from distavg.checkpoint.plan import Read
+from distavg.checkpoint.plan import Read, runs
 from distavg.errors import CheckpointCorrupt, CheckpointError
 from distavg.foreach import as_bytes
 from distavg.tensors import Shard
@@ -178,6 +178,21 @@ class ShardReader:
         Raises:
             CheckpointCorrupt: The file ends early, or a block's checksum is wrong.
         """
+        view = self._fill(box, read, buffer)
+        if verify and (index := next(self._wrong_blocks(box, read, view), None)) is not None:
+            raise CheckpointCorrupt(self._fault(box, index, index))
+
+    def faults(self, box: SavedBox, read: Read, buffer: Tensor) -> Iterator[str]:
+        """Everything that is wrong with whole blocks of a box, read into a byte buffer."""
+        try:
+            wrong = list(self._wrong_blocks(box, read, self._fill(box, read, buffer)))
+        except CheckpointCorrupt as error:
+            yield str(error)
+            return
+        for first, stop in runs(wrong):
+            yield self._fault(box, first, stop - 1)
+
+    def _fill(self, box: SavedBox, read: Read, buffer: Tensor) -> memoryview:
         view = _bytes_of(buffer)[: read.nbytes]
         done = 0
         while done < read.nbytes:
@@ -188,14 +203,23 @@ class ShardReader:
             if got == 0:
                 raise CheckpointCorrupt(f"{self._file.name} is torn: it ended while it was read")
             done += got
-        if not verify:
-            return
+        return view
+
+    def _wrong_blocks(self, box: SavedBox, read: Read, view: memoryview) -> Iterator[int]:
         for index, found in enumerate(_digests(view), start=read.first_block):
             if found != box.checksums[16 * index : 16 * (index + 1)]:
-                raise CheckpointCorrupt(
-                    f"{self._file.name}: {box.fqn}: the checksum of block {index} is wrong "
-                    f"(bytes {box.begin + index * BLOCK_BYTES} and following of the file)"
-                )
+                yield index
+
+    def _fault(self, box: SavedBox, first: int, last: int) -> str:
+        what = (
+            f"checksum of block {first} is"
+            if first == last
+            else (f"checksums of the blocks {first} to {last} are")
+        )
+        return (
+            f"{self._file.name}: {box.fqn}: the {what} wrong (bytes "
+            f"{box.begin + first * BLOCK_BYTES} and following of the file)"
+        )
 
 
 def place(read: Read, buffer: Tensor, dtype: torch.dtype, target: Tensor) -> None:
@@ -222,11 +246,9 @@ def _block_checksums(tensor: Tensor) -> str:
     return "".join(_digests(_bytes_of(tensor)))
 
 
-def _digests(data: memoryview) -> list[str]:
-    return [
-        xxhash.xxh3_64_hexdigest(data[start : start + BLOCK_BYTES])
-        for start in range(0, len(data), BLOCK_BYTES)
-    ]
+def _digests(data: memoryview) -> Iterator[str]:
+    for start in range(0, len(data), BLOCK_BYTES):
+        yield xxhash.xxh3_64_hexdigest(data[start : start + BLOCK_BYTES])
 
 
 def _read_header(path: Path) -> tuple[bytes, int]:

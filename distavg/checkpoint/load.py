@@ -7,7 +7,7 @@ memory, verified block by block on the way.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 
 from distavg.average import Average
 from distavg.checkpoint.files import BUFFER_BYTES, ShardReader, place
-from distavg.checkpoint.manifest import Manifest, SavedAverage, SavedBox, SavedFile, read_manifest
+from distavg.checkpoint.manifest import Manifest, SavedAverage, SavedBox, SavedFile
 from distavg.checkpoint.plan import Read, plan_reads
 from distavg.errors import CheckpointCorrupt, CheckpointMismatch, ConfigError
 from distavg.foreach import as_bytes
@@ -23,7 +23,7 @@ from distavg.rules import Imported, Rule, rule_from_record
 from distavg.shards import ModelShards
 from distavg.tensors import Shard
 
-__all__ = ["LoadPlan", "plan_load", "verify_checkpoint"]
+__all__ = ["LoadPlan", "plan_load"]
 
 logger = logging.getLogger("distavg")
 
@@ -148,37 +148,6 @@ def plan_load(
             _check_files(path, manifest, average, source, matched)
             saved_names[average.name] = matched
     return LoadPlan(path, manifest, sources, chosen, saved_names)
-
-
-def verify_checkpoint(path: Path, progress: Callable[[int], object] = lambda nbytes: None) -> int:
-    """Read every byte of a checkpoint's averages and compare all checksums. One process.
-
-    Args:
-        path: The checkpoint.
-        progress: Called with the number of bytes that were verified since the last call.
-
-    Returns:
-        The bytes that were verified.
-
-    Raises:
-        CheckpointNotFound: There is no committed checkpoint.
-        CheckpointCorrupt: Names the file, the tensor and the block.
-    """
-    manifest = read_manifest(path)
-    buffer = torch.empty(BUFFER_BYTES, dtype=torch.uint8, device="cpu")
-    total = 0
-    for name, average in manifest.averages.items():
-        if fault := average.fault():
-            raise CheckpointCorrupt(f"{path}: average {name!r} is not whole: {fault}")
-        for file in average.files:
-            with ShardReader(path, file, manifest.save_id) as reader:
-                for box in file.boxes:
-                    item_bytes = average.tensors[box.fqn].item_bytes
-                    for read in plan_reads(box.box, box.box, item_bytes, BUFFER_BYTES):
-                        reader.read(box, read, buffer)
-                        progress(read.nbytes)
-                        total += read.nbytes
-    return total
 
 
 def _sources(

@@ -6,13 +6,13 @@ a saved box's blocks only where they hold wanted elements.
 
 import itertools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from distavg.checkpoint.manifest import BLOCK_BYTES
 from distavg.layout import Box, range_boxes
 
-__all__ = ["Copy", "Read", "plan_reads"]
+__all__ = ["Copy", "Read", "plan_reads", "runs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def plan_reads(saved: Box, wanted: Box, item_bytes: int, buffer_bytes: int) -> l
     block = BLOCK_BYTES // item_bytes
     per_read = buffer_bytes // BLOCK_BYTES
     reads = []
-    for first, stop in _runs(_wanted_blocks(saved.sizes, local, block), per_read):
+    for first, stop in runs(_wanted_blocks(saved.sizes, local, block), per_read):
         low, high = first * block, min(stop * block, saved.numel)
         copies = []
         start = 0
@@ -90,7 +90,7 @@ def _wanted_blocks(sizes: Sequence[int], local: Box, block: int) -> Iterator[int
             yield index
 
 
-def _runs(blocks: Iterator[int], longest: int) -> Iterator[tuple[int, int]]:
+def runs(blocks: Iterable[int], longest: int | None = None) -> Iterator[tuple[int, int]]:
     """Group ascending numbers into runs [first, stop) of consecutive ones, up to a length."""
     first: int | None = None
     stop = 0

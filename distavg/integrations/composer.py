@@ -4,19 +4,22 @@ They follow Composer's published interface (`match(event, state)`, `apply(event,
 `state_dict()`) without importing it, take its arguments, and update after the same batches and
 epochs. What differs: the averages are sharded, models may be sharded too, and bf16 weights are
 averaged in fp32. Composer's checkpoints hold the live weights as the model and the average under
-its algorithm, never one in place of the other; `algorithm.averager` has all else, such as sharded
-checkpoints. A given `swa_lr` is annealed to, as documented (Composer 0.32 takes the last one).
+its algorithm, never one in place of the other; those of its own algorithms are taken over.
+`algorithm.averager` has all else, such as sharded checkpoints. A given `swa_lr` is annealed to, as
+documented (Composer 0.32 takes the last one).
 """
 
+import itertools
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch.optim.lr_scheduler import ConstantLR
 
 from distavg import rules
 from distavg.averager import Averager
-from distavg.errors import ConfigError
+from distavg.errors import ConfigError, UnsupportedError
 from distavg.learning_rate import ThenSWALR
 from distavg.schedule import Time
 
@@ -28,16 +31,20 @@ class _Algorithm:
 
     find_unused_parameters = False
     backwards_create_graph = False
+    events: tuple[str, ...] = ("fit_start", "batch_end", "epoch_end")
 
     def __init__(self, rule: rules.Rule, start: str, interval: str, *, buffers: str) -> None:
         self.averager: Averager | None = None
         self.is_started = False
         self._rule, self._buffers = rule, buffers
         self._start, self._interval = Time.parse(start), Time.parse(interval)
-        if self._interval.unit == "dur":
-            raise ConfigError(f"update_interval={interval!r} must be in 'ba' or 'ep'")
+        is_whole = self._interval.value.denominator == 1 and self._interval.value > 0
+        if self._interval.unit == "dur" or not is_whole:
+            raise ConfigError(
+                f"update_interval={interval!r} must be a whole number of 'ba' or 'ep'"
+            )
         self._update_event = {"ba": "batch_end", "ep": "epoch_end"}[self._interval.unit]
-        self._state: Mapping[str, Any] = {}
+        self._state: Mapping[str, Any] = {}  # loaded, for when there will be an averager
 
     @staticmethod
     def required_on_load() -> bool:
@@ -46,18 +53,22 @@ class _Algorithm:
 
     def match(self, event: Any, state: Any) -> bool:
         """Whether `apply` has something to do."""
-        events = ("fit_start", "batch_end", "epoch_end", "eval_start", "eval_end")
-        return event.value in events and (self.averager is not None or event.value == "fit_start")
+        is_ready = self.averager is not None or event.value == "fit_start"
+        return event.value in self.events and (is_ready or bool(self._state))
 
     def apply(self, event: Any, state: Any, logger: Any) -> None:
         """Act on an event. Collective."""
         if self.averager is None:
             self._build(state)
+            self._state = {}
         elif event.value == "batch_end":
             self.averager.step()  # for its clock: nothing is due
-        if event.value == self._update_event and _is_reached(self._start, state):
+        if event.value == self._update_event and self._is_on(state):
             self._after_interval(state)
             self.is_started = True
+
+    def _is_on(self, state: Any) -> bool:
+        return _is_reached(self._start, state)
 
     def _after_interval(self, state: Any) -> None:
         raise NotImplementedError
@@ -66,7 +77,7 @@ class _Algorithm:
         self.averager = Averager(state.model, self._rule, buffers=self._buffers)
         for _ in range(state.timestamp.batch.value):
             self.averager.step()
-        if self._state:
+        if self._state.get("num_updates"):
             average = self.averager[self._rule.kind]
             for shard in average.shards():
                 part = zip(shard.box.offsets, shard.box.sizes, strict=True)
@@ -76,22 +87,15 @@ class _Algorithm:
 
     def state_dict(self) -> dict[str, Any]:
         """The average as whole tensors, on rank 0, and its counters. Collective."""
-        state: dict[str, Any] = {"repr": repr(self), "is_started": self.is_started}
+        state = {**self._state, "repr": repr(self), "is_started": self.is_started}
         if self.averager is not None:
             state["average"] = self.averager.full_state_dict()
             state["num_updates"] = self.averager[self._rule.kind].num_updates
         return state
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = False) -> None:
-        """Take back what `state_dict` gave, once training starts."""
-        if "is_started" not in state:
-            raise ConfigError(
-                f"this is a state of Composer's own {type(self).__name__}: ignore it while loading "
-                "(load_ignore_keys), convert the file with `distavg import`, and load the result "
-                "with algorithm.averager.load(..., rules='current')"
-            )
-        self.is_started = state["is_started"]
-        self._state = state if state.get("num_updates") else {}
+        """Take back what `state_dict` gave, here or of Composer's own, once training starts."""
+        self.is_started, self._state = state["is_started"], state
 
 
 class EMA(_Algorithm):
@@ -106,6 +110,8 @@ class EMA(_Algorithm):
     Raises:
         ConfigError: Not one of `half_life` and `smoothing`, or times that cannot be.
     """
+
+    events = (*_Algorithm.events, "batch_start", "eval_start", "eval_end")
 
     def __init__(
         self,
@@ -129,16 +135,29 @@ class EMA(_Algorithm):
 
     def apply(self, event: Any, state: Any, logger: Any) -> None:
         """Act on an event. Collective."""
+        self._swap.close()  # also of an evaluation that was interrupted
         super().apply(event, state, logger)
         if event.value == "eval_start" and self.is_started and self.averager is not None:
             self._swap.enter_context(self.averager.applied())
-        elif event.value == "eval_end":
-            self._swap.close()
+
+    def _is_on(self, state: Any) -> bool:
+        return self.is_started or super()._is_on(state)
 
     def _after_interval(self, state: Any) -> None:
         now = _now(state, self._interval.unit)
         if self.averager and (not self.is_started or now % self._interval.value == 0):
             self.averager.update()
+
+    def _build(self, state: Any) -> None:
+        if "ema_model" in self._state:
+            self._state = _taken_over(self._state, state)
+        super()._build(state)
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = False) -> None:
+        """Take back what `state_dict` gave, here or of Composer's own, once training starts."""
+        if "ema_started" in state:
+            state = {**state, "is_started": state["ema_started"]}
+        super().load_state_dict(state, strict)
 
 
 class SWA(_Algorithm):
@@ -152,6 +171,9 @@ class SWA(_Algorithm):
         anneal_strategy: `"linear"` or `"cos"`.
         anneal_steps: Over how many updates.
         swa_lr: The learning rate to end at; None for the one at the start.
+
+    Raises:
+        ConfigError: Times or settings that cannot be.
     """
 
     def __init__(
@@ -170,7 +192,10 @@ class SWA(_Algorithm):
         self._end = Time.parse(swa_end)
         if self._end.unit != self._start.unit or self._end.value <= self._start.value:
             raise ConfigError(f"SWA: {swa_end=} must be later than {swa_start=}, in the same unit")
-        strategy: Any = {"lin": "linear", "cosine": "cos"}.get(anneal_strategy, anneal_strategy)
+        strategies: dict[str, Any] = {"lin": "linear", "cosine": "cos"}
+        strategy = strategies.get(anneal_strategy.lower(), anneal_strategy.lower())
+        if strategy not in ("linear", "cos") or anneal_steps < 1:
+            raise ConfigError(f"SWA: {anneal_strategy=} and {anneal_steps=} cannot be")
         self._annealing = (swa_lr, anneal_steps, strategy) if schedule_swa_lr else None
         self._scheduler: ThenSWALR | None = None
         self._counter = 0
@@ -210,14 +235,58 @@ class SWA(_Algorithm):
 
     def state_dict(self) -> dict[str, Any]:
         """The average as whole tensors, on rank 0, and its counters. Collective."""
-        scheduler = None if self._scheduler is None else self._scheduler.state_dict()
-        own = {"counter": self._counter, "is_completed": self.is_completed, "scheduler": scheduler}
-        return {**super().state_dict(), **own}
+        state = super().state_dict()
+        state.update(counter=self._counter, is_completed=self.is_completed)
+        if self._scheduler is not None:
+            state["scheduler"] = self._scheduler.state_dict()
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = False) -> None:
-        """Take back what `state_dict` gave, once training starts."""
+        """Take back what `state_dict` gave, here or of Composer's own, once training starts."""
+        if "swa_started" in state:
+            state = _as_ours(state)
         super().load_state_dict(state, strict)
         self._counter, self.is_completed = state["counter"], state["is_completed"]
+
+
+def _taken_over(theirs: Mapping[str, Any], state: Any) -> dict[str, Any]:
+    """A state of Composer's own EMA as ours.
+
+    Where the average was in place of the model, the training weights go back into the model.
+    """
+    named = itertools.chain(state.model.named_parameters(), state.model.named_buffers())
+    live = {name.removeprefix("module."): tensor for name, tensor in named}
+    apart = theirs["ema_model"]
+    if "named_parameters_dict" in apart:  # the one of the two that is not the model
+        apart = {**apart["named_parameters_dict"], **apart["named_buffers_dict"]}
+    elif theirs["ema_weights_active"]:  # before 0.13
+        apart = theirs["training_model"]
+    apart = {name.removeprefix("module."): tensor for name, tensor in apart.items()}
+    if theirs["ema_weights_active"] and theirs["ema_started"]:
+        average = {name: live[name].detach().clone() for name in apart}
+        with torch.no_grad():
+            for name, tensor in apart.items():
+                live[name].copy_(tensor)
+        apart = average
+    num_updates = max(1, state.timestamp.batch.value) if theirs["ema_started"] else 0
+    return {"average": apart, "num_updates": num_updates}
+
+
+def _as_ours(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """A state of Composer's own SWA as ours."""
+    if theirs["swa_scheduler"]:
+        raise UnsupportedError(
+            "SWA: the learning rate schedule in this state of Composer's own cannot be taken over"
+        )
+    model = theirs["swa_model"]
+    module = {n.removeprefix("module."): t for n, t in model.items() if n != "n_averaged"}
+    return {
+        "average": {name.removeprefix("module."): tensor for name, tensor in module.items()},
+        "num_updates": int(model["n_averaged"]) if theirs["swa_started"] else 0,
+        "is_started": theirs["swa_started"],
+        "is_completed": theirs["swa_completed"],
+        "counter": theirs["step_counter"],
+    }
 
 
 def _now(state: Any, unit: str) -> int:

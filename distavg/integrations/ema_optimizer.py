@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distavg.averager import Averager
+from distavg.comm import Comm
 from distavg.errors import CheckpointMismatch, ConfigError
 from distavg.rules import EMA
 from distavg.wrappers import Model, is_sharded
@@ -17,6 +18,7 @@ from distavg.wrappers import Model, is_sharded
 __all__ = ["EMAOptimizer"]
 
 _Key = tuple[str, tuple[int, ...], tuple[int, ...]]  # name, offsets and sizes of a part
+_NONE = torch.empty(0, 0, 0, 0, 0, 0, 0)  # of a shape that no parameter has
 
 
 class EMAOptimizer(Optimizer):
@@ -31,9 +33,10 @@ class EMAOptimizer(Optimizer):
         decay: The share of the old EMA that an update keeps.
         every_n_steps: n.
         current_step: Steps made already.
-        model: The model in its wrappers. Each rank then holds its shard of the EMA, and building
-            this, `swap_ema_weights()` and `load_state_dict()` are collective. Without it each rank
-            holds all of the EMA, nothing communicates, and sharded parameters are refused.
+        model: The model in its wrappers. Each rank then holds its shard of the EMA, which is of all
+            trainable parameters of the model, and building this, `swap_ema_weights()` and
+            `load_state_dict()` are collective. Without it each rank holds all of the EMA of the
+            optimizer's parameters, nothing communicates, and sharded parameters are refused.
 
     Raises:
         ConfigError: Sharded parameters without `model`.
@@ -53,6 +56,7 @@ class EMAOptimizer(Optimizer):
     ) -> None:
         self.optimizer, self.device, self._model = optimizer, torch.device(device), model
         self.decay, self.every_n_steps, self.current_step = decay, every_n_steps, current_step
+        self._comm = Comm(_group_of_one() if model is None else None)
         self._build({})
 
     def _build(self, values: Mapping[_Key, Tensor]) -> None:
@@ -60,15 +64,13 @@ class EMAOptimizer(Optimizer):
         groups = [group["params"] for group in self.optimizer.param_groups]
         parameters = [parameter for group in groups for parameter in group]
         if self._model is None and any(map(is_sharded, parameters)):
-            raise ConfigError(
-                "EMAOptimizer: the parameters are sharded: pass model=, in its wrappers"
-            )
+            raise ConfigError("EMAOptimizer: the parameters are sharded: pass model=, wrapped")
         is_beside = all(self.device in (p.device, torch.device(p.device.type)) for p in parameters)
         self.averager = Averager(
             nn.ModuleList(map(nn.ParameterList, groups)) if self._model is None else self._model,
             {"ema": EMA(self.decay, update_interval=None)},
             device=None if is_beside else self.device,
-            process_group=_group_of_one() if self._model is None else None,
+            process_group=self._comm.group,
         )
         if values:
             self.averager.update()
@@ -78,6 +80,10 @@ class EMAOptimizer(Optimizer):
     def _parts(self) -> dict[_Key, Tensor]:
         shards = self.averager["ema"].shards()
         return {(shard.fqn, shard.box.offsets, shard.box.sizes): shard.tensor for shard in shards}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """See the optimizer that is wrapped."""
+        self.optimizer.zero_grad(set_to_none)
 
     def step(self, closure: Any = None) -> Any:
         """Step the optimizer, then update the EMA if it is due. No communication."""
@@ -106,22 +112,20 @@ class EMAOptimizer(Optimizer):
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take back this rank's `state_dict()`, or one of the original.
+        """Take back this rank's `state_dict()`, or without `model` one of the original.
 
         Raises:
             CheckpointMismatch: It holds other parameters, or another rank's part of them.
         """
-        names = [
-            (f"{i}.{j}", (0,) * parameter.dim(), tuple(parameter.shape))
-            for i, group in enumerate(self.optimizer.param_groups)
-            for j, parameter in enumerate(group["params"])
-        ]
-        values = dict(zip(state_dict.get("boxes", names), state_dict["ema"], strict=False))
-        for key in self._parts() if values else ():
-            if key not in values or values[key].shape != key[2]:
+        with self._comm.together("EMAOptimizer.load_state_dict()"):
+            keys = state_dict.get("boxes", _whole_keys(self.optimizer))
+            values = dict(zip(keys, state_dict.get("ema", ()), strict=False))
+            wanted = self._parts() if state_dict.get("ema", keys) else {}
+            for key in (key for key in wanted if values.get(key, _NONE).shape != key[2]):
                 raise CheckpointMismatch(
-                    f"EMAOptimizer: no EMA in the state of {key[0]} at {key[1]}, sizes {key[2]}: "
-                    "load it on the rank that saved it; averager.save() and load() reshard"
+                    f"EMAOptimizer: no EMA in the state of {key[0]} at {key[1]}, sizes {key[2]}: a "
+                    "state is loaded by the rank that saved it, with model= as it was built; to "
+                    "reshard, save and load its averager"
                 )
         self.optimizer.load_state_dict(state_dict["opt"])
         self.current_step = state_dict["current_step"]
@@ -136,6 +140,18 @@ class EMAOptimizer(Optimizer):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.optimizer, name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("an EMAOptimizer is not copied or pickled: use its state_dict()")
+
+
+def _whole_keys(optimizer: Optimizer) -> list[_Key]:
+    """All parameters by the names that they have without a model."""
+    return [
+        (f"{i}.{j}", (0,) * parameter.dim(), tuple(parameter.shape))
+        for i, group in enumerate(optimizer.param_groups)
+        for j, parameter in enumerate(group["params"])
+    ]
 
 
 def _group_of_one() -> dist.ProcessGroup | None:
