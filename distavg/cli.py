@@ -86,7 +86,7 @@ def verify(path: Path) -> None:
 @click.option(
     "--steps", type=click.IntRange(0), help="Optimizer steps done, if the file is silent."
 )
-@click.option("--epochs", type=click.FloatRange(0), help="Epochs done, if the file is silent.")
+@click.option("--epochs", type=Fraction, help="Epochs done, if the file is silent.")
 @click.option("--num-updates", type=click.IntRange(1), help="Updates made.")
 @click.option("--place", help="Which average, if the file holds several.")
 @click.option("--prefix", help="What stands before the model's names; by default every 'module.'.")
@@ -95,7 +95,7 @@ def import_(
     output: Path,
     name: str | None,
     steps: int | None,
-    epochs: float | None,
+    epochs: Fraction | None,
     num_updates: int | None,
     place: str | None,
     prefix: str | None,
@@ -111,7 +111,7 @@ def import_(
         name=name or found.name,
         num_updates=num_updates or found.num_updates,
         steps=found.steps if steps is None else steps,
-        epochs=found.epochs if epochs is None else Fraction(epochs).limit_denominator(10**6),
+        epochs=found.epochs if epochs is None else max(epochs, Fraction(0)),
     )
     write_foreign(average, output)
     position = [

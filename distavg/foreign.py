@@ -21,7 +21,7 @@ import xxhash
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from distavg.checkpoint.manifest import ITEM_BYTES, SavedTensor
+from distavg.checkpoint.manifest import FOLDER_PATTERN, ITEM_BYTES, SavedTensor
 from distavg.checkpoint.save import Contents, Save, SaveRequest
 from distavg.comm import Comm
 from distavg.errors import CheckpointCorrupt, CheckpointNotFound, ConfigError, UnsupportedError
@@ -92,27 +92,35 @@ def read_foreign(
     average = found[place]
     if not average.num_updates:
         raise UnsupportedError(f"{path}: {average.source}: without an update it is no average")
-    for name, tensor in average.tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise UnsupportedError(f"{path}: {name} is no tensor, but a {type(tensor).__name__}")
-    return replace(average, tensors=_with_the_models_names(average.tensors, prefix))
+    tensors = {n: t for n, t in average.tensors.items() if not n.endswith("_extra_state")}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_nested:
+            raise UnsupportedError(f"{path}: {name} is no dense tensor: {tensor!r:.100}")
+    return replace(average, tensors=_with_the_models_names(tensors, prefix))
 
 
 def write_foreign(average: ForeignAverage, path: Path) -> None:
     """Write a checkpoint that `Averager.load` reads with whatever rule it has.
 
     Raises:
+        ConfigError: The average's name cannot be one.
+        UnsupportedError: A tensor that cannot be averaged, such as a complex one.
         CheckpointExists: There is something at the path.
         CheckpointError: It cannot be written.
     """
+    if not re.fullmatch(FOLDER_PATTERN, average.name):
+        raise ConfigError(f"{average.name!r}: a name is letters, digits, '_', '-' and '.'")
     unknown = tuple(what for what in ("steps", "epochs") if getattr(average, what) is None)
     names: dict[tuple[Any, ...], list[str]] = {}
     for name, tensor in average.tensors.items():  # what shares memory is tied
         place = (tensor.data_ptr() or name, tensor.dtype, tensor.shape, tensor.stride())
         names.setdefault(place, []).append(name)
-    shards, tensors = [], {}
+    shards, tensors, memory = [], {}, set()
     for first, *aliases in names.values():
         tensor = average.tensors[first].detach()
+        if (storage := tensor.untyped_storage().data_ptr()) in memory:
+            tensor = tensor.clone()  # another view of what is written already
+        memory.add(storage)
         if tensor.dtype in (torch.bfloat16, torch.float16):
             tensor = tensor.float()  # what an Averager holds
         shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
@@ -146,6 +154,12 @@ def _composers(content: Any, path: Path) -> _Found:
     algorithms = dict(state["algorithms"])
     time = state.get("timestamp", {})
     steps, epochs = _composers_position(time.get("Timestamp", time))
+    for name in ("SWA", "EMA"):  # those of distavg.integrations
+        if "average" in algorithms.get(name, ()):
+            ours = algorithms.pop(name)
+            tensors, count = dict(ours["average"]), int(ours["num_updates"])
+            source = f"the {name} of distavg in Composer"
+            yield name, ForeignAverage(source, name.lower(), tensors, count, steps, epochs)
     if (swa := algorithms.get("SWA")) is not None and swa.get("swa_model") is not None:
         for _, average in _averaged_models(swa["swa_model"], path):
             source = "Composer's SWA"
@@ -159,7 +173,8 @@ def _composers(content: Any, path: Path) -> _Found:
         if "named_parameters_dict" not in model:
             source, tensors = "Composer's EMA before 0.13", model
         elif ema["ema_weights_active"]:
-            source, tensors = "Composer's EMA, which was in place of the model", state["model"]
+            source = "Composer's EMA, in place of the model (whose weights are in its ema_model)"
+            tensors = state["model"]
         else:
             parts = (model["named_parameters_dict"], model["named_buffers_dict"])
             source, tensors = "Composer's EMA", {**parts[0], **parts[1]}
@@ -186,17 +201,19 @@ def _nemos(content: Any, path: Path) -> _Found:
     states = [each for each in optimizers if isinstance(each, Mapping) and "ema" in each]
     if not states and not path.stem.endswith("-EMA"):
         return
-    model = dict(content["state_dict"])
+    model = {n: t for n, t in content["state_dict"].items() if isinstance(t, Tensor)}
     there = {_digest(tensor) for tensor in model.values()}
     if any(_digest(tensor) not in there for state in states for tensor in state["ema"]):
         raise UnsupportedError(
             f"{path}: the model in it is not the EMA, whose tensors are there without names: "
             "convert the file beside it whose name ends in -EMA"
         )
-    silent = {"current_step": content.get("global_step", 0), "every_n_steps": 1, "decay": "unknown"}
-    state = states[0] if states else silent
-    steps, every = int(state["current_step"]), int(state["every_n_steps"])
-    source = f"NeMo's EMA (decay={state['decay']}, every_n_steps={every})"
+    if not states:
+        steps = content.get("global_step")
+        yield "state_dict", ForeignAverage("NeMo's EMA", "ema", model, steps or 1, steps)
+        return
+    steps, every = int(states[0]["current_step"]), int(states[0]["every_n_steps"])
+    source = f"NeMo's EMA (decay={states[0]['decay']}, every_n_steps={every})"
     # The weights before the first step, and one update after the steps 1, 1 + every ...
     count = 1 - (-steps // every) if steps else 0
     yield "state_dict", ForeignAverage(source, "ema", model, count, steps)
@@ -224,7 +241,8 @@ def _averaged_models(content: Any, path: Path, place: str = "", depth: int = 6) 
             }
             count = int(content[key])
             where = ".".join(filter(None, [place, before.rstrip(".")]))
-            name = "ema" if "ema" in f"{path.stem} {where}".lower() else "swa"
+            words = re.split(r"[^a-z]+", f"{path.stem} {where}".lower())
+            name = "ema" if "ema" in words else "swa"
             average = ForeignAverage("PyTorch's AveragedModel", name, tensors, count)
             if tensors:
                 yield where or "the whole file", average
@@ -246,15 +264,20 @@ def _digest(tensor: Tensor) -> tuple[Any, ...]:
 
 def _with_the_models_names(tensors: Mapping[str, Tensor], prefix: str | None) -> dict[str, Tensor]:
     """Names without those of wrappers, as far as text can tell."""
-    named = {}
-    for name, tensor in tensors.items():
-        parts = [part for part in name.split(".") if part not in WRAPPER_LEVELS]
-        named[".".join(parts)] = tensor
-    if prefix is not None:
-        return {name.removeprefix(prefix): tensor for name, tensor in named.items()}
-    while named and all(name.startswith("module.") for name in named):
-        named = {name.removeprefix("module."): tensor for name, tensor in named.items()}
-    return named
+    names = {
+        name: ".".join(part for part in name.split(".") if part not in WRAPPER_LEVELS)
+        for name in tensors
+    }
+    if prefix is None:
+        while names and all(name.startswith("module.") for name in names.values()):
+            names = {old: name.removeprefix("module.") for old, name in names.items()}
+    elif not any(name.startswith(prefix) for name in names.values()):
+        raise ConfigError(f"no name begins with the prefix {prefix!r}: {sorted(names)[:3]} ...")
+    else:
+        names = {old: name.removeprefix(prefix) for old, name in names.items()}
+    if len(set(names.values())) < len(names):
+        raise ConfigError("two names are one without their prefix: give another one (--prefix)")
+    return {names[old]: tensor for old, tensor in tensors.items()}
 
 
 def _load(path: Path) -> Any:

@@ -25,6 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_m
 
 import distavg
 from distavg import EMA, SWA, Averager, CheckpointMismatch, Clock, ConfigError, Warmup
+from distavg.checkpoint.manifest import read_manifest
 from distavg.cli import main
 from distavg.foreign import read_foreign, write_foreign
 
@@ -162,6 +163,80 @@ def test_a_child_that_is_called_module_keeps_its_name_if_one_says_so(tmp_path: P
     torch.save(averaged(model, 2).state_dict(), tmp_path / "a.pt")
     convert(tmp_path / "a.pt", "--prefix=")
     Averager(model, SWA(update_interval="1ba")).load(tmp_path / "a")
+
+
+def test_a_prefix_that_is_given(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    torch.save({"n_averaged": torch.tensor(2), "module.net.x": torch.ones(1)}, path)
+    assert set(read_foreign(path, prefix="net.").tensors) == {"x"}
+    assert "no name begins with the prefix 'nett.'" in refusal(path, "--prefix=nett.")
+    both = {"module.net.x": torch.ones(1), "module.x": torch.ones(1)}
+    torch.save({"n_averaged": torch.tensor(2), **both}, path)
+    assert "two names are one without their prefix" in refusal(path, "--prefix=net.")
+
+
+def test_extra_state_is_left_out(tmp_path: Path) -> None:
+    state = {**averaged(small(), 2).state_dict(), "module.0._extra_state": {"scale": 3}}
+    torch.save(state, tmp_path / "a.pt")
+    assert (
+        differences(
+            read_foreign(tmp_path / "a.pt").tensors, averaged(small(), 2).module.state_dict()
+        )
+        == []
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("my_ema.pt", "ema"), ("semantic.pt", "swa"), ("a.EMA.pt", "ema"), ("a.pt", "swa")],
+)
+def test_the_name_where_the_file_has_one(name: str, expected: str, tmp_path: Path) -> None:
+    torch.save(averaged(small(), 2).state_dict(), tmp_path / name)
+    assert read_foreign(tmp_path / name).name == expected
+
+
+def test_a_name_that_cannot_be(tmp_path: Path) -> None:
+    torch.save(averaged(small(), 2).state_dict(), tmp_path / "a.pt")
+    for name in ("../evil", "my ema"):
+        message = refusal(tmp_path / "a.pt", f"--name={name}")
+        assert message.startswith(f"ConfigError: {name!r}: a name is letters")
+    assert {each.name for each in tmp_path.iterdir()} == {"a.pt"}
+
+
+def test_what_shares_memory_is_tied_and_nothing_else(tmp_path: Path) -> None:
+    whole = torch.ones(4, 3)
+    state = {"module.a": whole, "module.b": whole[:2], "module.c": whole, "module.d": whole.t()}
+    torch.save({"n_averaged": torch.tensor(1), **state}, tmp_path / "a.pt")
+    convert(tmp_path / "a.pt")
+    tensors = read_manifest(tmp_path / "a").averages["swa"].tensors
+    assert {name: (t.shape, t.aliases) for name, t in tensors.items()} == {
+        "a": ((4, 3), ("c",)),
+        "b": ((2, 3), ()),
+        "d": ((3, 4), ()),
+    }
+
+
+def test_half_precision_becomes_what_an_averager_holds(tmp_path: Path) -> None:
+    model = small().bfloat16()
+    torch.save(averaged(model, 2).state_dict(), tmp_path / "a.pt")
+    convert(tmp_path / "a.pt")
+    averager = Averager(model, SWA(update_interval="1ba"))
+    averager.load(tmp_path / "a")
+    assert {tensor.dtype for tensor in shards_of(averager).values()} == {torch.float32}
+
+
+def test_a_frozen_parameter_is_left_alone_under_any_of_its_names(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = nn.Module()
+    model.a, model.b, model.c = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+    model.b.weight = model.a.weight.requires_grad_(False)
+    state = dict(reversed(averaged(model, 2).state_dict().items()))
+    torch.save(state, tmp_path / "a.pt")
+    convert(tmp_path / "a.pt")
+    with caplog.at_level("INFO"):
+        Averager(model, SWA(update_interval="1ba")).load(tmp_path / "a")
+    assert "['b.weight'] are not averaged here, and left alone" in caplog.text
 
 
 def test_a_step_given_by_hand_is_the_clocks(
@@ -326,6 +401,47 @@ def test_the_epoch_of_a_checkpoint_within_one(
     assert read_foreign(tmp_path / "a.pt").epochs == epochs
 
 
+def test_the_clock_may_be_overridden_and_missing(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    ema = {**EMA_STATES["present"][0], "ema_started": True}
+    content = composers([("EMA", ema)], weights(LIVE))
+    torch.save(content, path)
+    assert "step 0, epoch 0\n" in convert(path, "--steps=0", "--epochs=0")
+    content["state"]["timestamp"] = content["state"]["timestamp"]["Timestamp"]
+    torch.save(content, path)
+    assert read_foreign(path).steps == 14
+    del content["state"]["timestamp"]
+    torch.save(content, path)
+    assert read_foreign(path).steps is None
+
+
+def test_at_the_beginning_nothing_is_unknown(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ema = {**EMA_STATES["present"][0], "ema_started": True}
+    time = {"batch": 0, "epoch": 0, "batch_in_epoch": 0}
+    torch.save(composers([("EMA", ema)], weights(LIVE), **time), tmp_path / "a.pt")
+    convert(tmp_path / "a.pt")
+    Averager(small(), EMA(0.9)).load(tmp_path / "a")
+    assert "does not say" not in caplog.text
+
+
+def test_swa_that_has_not_begun(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    swa = {"swa_model": averaged(small(), 3).state_dict(), "swa_started": False}
+    torch.save(composers([("SWA", swa)], weights(LIVE)), path)
+    assert "Composer's SWA: without an update it is no average" in refusal(path)
+    torch.save(composers([("SWA", {"swa_started": False})], weights(LIVE)), path)
+    assert "holds nothing that is recognised" in refusal(path)
+
+
+def test_distavgs_own_in_composer(tmp_path: Path) -> None:
+    state = {"average": weights(AVERAGE), "num_updates": 7, "is_started": True}
+    torch.save(composers([("EMA", state)], weights(LIVE)), tmp_path / "a.pt")
+    assert "the EMA of distavg in Composer; step 14" in (printed := convert(tmp_path / "a.pt"))
+    assert "ema, 7 updates" in printed
+
+
 # ------------------------------------------------------------------------------------------ NeMo
 
 
@@ -358,7 +474,15 @@ def test_nemos_file_beside_it_is_refused(tmp_path: Path) -> None:
 def test_nemos_weights_alone(tmp_path: Path) -> None:
     path = tmp_path / "last-EMA.ckpt"
     torch.save({"state_dict": small().state_dict(), "global_step": 5}, path)
-    assert "NeMo's EMA (decay=unknown, every_n_steps=1); step 5" in convert(path)
+    assert "NeMo's EMA; step 5" in convert(path)
+    path = tmp_path / "end-EMA.ckpt"
+    torch.save({"state_dict": small().state_dict()}, path)
+    assert "NeMo's EMA; step unknown" in (printed := convert(path))
+    assert "ema, 1 updates" in printed
+    path = tmp_path / "begin-EMA.ckpt"
+    model = small().state_dict()
+    torch.save(nemos(model, [model["0.weight"]], steps=0), path)
+    assert "without an update it is no average" in refusal(path)
 
 
 # ------------------------------------------------------------------------------------- Lightning
@@ -467,10 +591,23 @@ def test_spoiled_bits_end_in_distavgs_own_errors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (
+            {"not_n_averaged": torch.tensor(1), "not_module.x": torch.ones(1)},
+            "holds nothing that is recognised as an average",
+        ),
+        ([[[[[[[[averaged(small(), 1).state_dict()]]]]]]]], "holds nothing that is recognised"),
+        (
+            {"n_averaged": torch.tensor(1), "module.x": torch.ones(2).to_sparse()},
+            "x is no dense tensor",
+        ),
+        (
+            {"n_averaged": torch.tensor(1), "module.x": torch.ones(2) * 1j},
+            "x: complex64 cannot be averaged",
+        ),
         ([1, 2], "holds nothing that is recognised as an average"),
         (small().state_dict(), "holds nothing that is recognised as an average"),
         (averaged(small(), 0).state_dict(), "without an update it is no average"),
-        ({"n_averaged": torch.tensor(1), "module.x": 3}, "x is no tensor, but a int"),
+        ({"n_averaged": torch.tensor(1), "module.x": 3}, "x is no dense tensor: 3"),
         ({"n_averaged": torch.tensor(1)}, "holds nothing that is recognised as an average"),
         ({"averaging_state": {}, "state_dict": {}}, "lacks what its kind of file has"),
         (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -80,8 +80,8 @@ def recipe(run: Run, **options: Any) -> ThenSWALR:
     return ThenSWALR(onecycle, run.averager, **{"swa_lr": 0.05, "anneal_epochs": 4, **options})
 
 
-@pytest.mark.parametrize("swa_lr", [0.05, [0.05, 0.02]])
-def test_the_recipe_of_the_practitioners(swa_lr: float | list[float]) -> None:
+@pytest.mark.parametrize("swa_lr", [0.05, [0.05, 0.02], (0.05, 0.02)])
+def test_the_recipe_of_the_practitioners(swa_lr: float | Sequence[float]) -> None:
     """OneCycle for 80 of 100 epochs, then SWALR per iteration with anneal_epochs=len(loader)."""
     model = nn.Linear(2, 1)
     theirs = SGD([{"params": [p]} for p in model.parameters()], lr=1.0, momentum=0.9)
@@ -104,7 +104,7 @@ def test_the_recipe_of_the_practitioners(swa_lr: float | list[float]) -> None:
         scheduler.step()
     assert found == expected
     assert found[323] != found[324] == found[399]  # 4 steps after step 320 it has arrived
-    assert found[399] == (swa_lr if isinstance(swa_lr, list) else [swa_lr] * 2)
+    assert found[399] == ([swa_lr] * 2 if isinstance(swa_lr, float) else list(swa_lr))
 
 
 @pytest.mark.parametrize("lr", [1.0, torch.tensor(1.0)], ids=["float", "tensor"])
@@ -257,6 +257,9 @@ def test_frameworks_take_it_for_a_scheduler() -> None:
         ({"anneal_epochs": -1}, "ThenSWALR: anneal_epochs must be equal or greater than 0"),
         ({"name": "ema"}, "there are no average 'ema', only"),
         ({"swa_lr": math.nan}, "ThenSWALR: swa_lr"),
+        ({"swa_lr": math.inf}, "ThenSWALR: swa_lr"),
+        ({"swa_lr": -0.1}, "ThenSWALR: swa_lr"),
+        ({"swa_lr": [0.1, -0.1]}, "ThenSWALR: swa_lr"),
         ({"swa_lr": "0.1"}, "ThenSWALR: swa_lr"),
     ],
 )
@@ -266,3 +269,83 @@ def test_what_cannot_be(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         ThenSWALR(**{**good, **arguments})
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("once_per_update", "expected"),
+    [(False, [1.0] * 4 + [0.75, 0.5]), (True, [1.0] * 5 + [0.75])],
+)
+def test_it_goes_by_the_average_that_is_named(
+    expected: list[float], *, once_per_update: bool
+) -> None:
+    run = Run(EMA(), Clock())
+    early, late = (SWA(start=s, update_interval=i) for s, i in (("1ba", "1ba"), ("4ba", "3ba")))
+    averager = Averager(run.model, {"a": early, "b": late})
+    averager.attach(run.optimizer)
+    before = ConstantLR(run.optimizer, factor=1)
+    with pytest.raises(ConfigError, match="several averages: name one of"):
+        ThenSWALR(before, averager, 0.5)
+    scheduler = ThenSWALR(
+        before,
+        averager,
+        0.5,
+        name="b",
+        anneal_epochs=2,
+        anneal_strategy="linear",
+        once_per_update=once_per_update,
+    )
+    found = []
+    for _ in range(6):
+        run.optimizer.step()
+        scheduler.step()
+        found.append(rates(run.optimizer)[0])
+    assert found == expected
+
+
+def linear(run: Run) -> ThenSWALR:
+    before = ConstantLR(run.optimizer, factor=1)
+    return ThenSWALR(before, run.averager, 0.5, anneal_epochs=4, anneal_strategy="linear")
+
+
+def test_its_rate_holds_whoever_sets_another_one() -> None:
+    run = Run(SWA(start="2ba", update_interval="1ba"), Clock())
+    scheduler, found = linear(run), []
+    for step in range(7):
+        run.optimizer.step()
+        if step > 2:
+            for group in run.optimizer.param_groups:
+                group["lr"] = 7.0
+        scheduler.step()
+        found.append(rates(run.optimizer)[0])
+    assert found == [1, 1, 0.875, 0.75, 0.625, 0.5, 0.5]
+
+
+def test_a_rate_that_is_a_tensor_stays_that_tensor() -> None:
+    run = Run(SWA(start="1ba", update_interval="1ba"), Clock(), lr=torch.tensor(1.0))
+    scheduler, last = linear(run), []
+    own = run.optimizer.param_groups[0]["lr"]
+    for _ in range(5):
+        run.optimizer.step()
+        scheduler.step()
+        last.append(scheduler.get_last_lr()[0])
+    assert run.optimizer.param_groups[0]["lr"] is own
+    assert [float(rate) for rate in last] == [1, 0.875, 0.75, 0.625, 0.5]
+
+
+def test_updates_from_before_it_was_built_do_not_count() -> None:
+    run = Run(SWA(update_interval="8ba"), Clock())
+    for _ in range(9):
+        run.optimizer.step()
+    before = ConstantLR(run.optimizer, factor=1)
+    scheduler = ThenSWALR(before, run.averager, 0.5, anneal_epochs=1, once_per_update=True)
+    run.optimizer.step()
+    scheduler.step()
+    assert rates(run.optimizer)[0] == 1.0
+
+
+def test_the_defaults_are_swalrs() -> None:
+    run = Run(SWA(update_interval="1ba"), Clock())
+    ours = ThenSWALR(ConstantLR(run.optimizer, factor=1), run.averager, 0.5)._swalr
+    theirs = SWALR(run.optimizer, 0.5)
+    assert ours.anneal_epochs == theirs.anneal_epochs
+    assert ours._anneal_strategy == theirs._anneal_strategy  # type: ignore[attr-defined]

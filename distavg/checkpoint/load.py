@@ -6,6 +6,7 @@ and every needed file's presence, size and header. Then the data goes straight i
 memory, verified block by block on the way.
 """
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -217,7 +218,10 @@ def _match(
             )
     known = {name for names in matched.values() for name in names}
     if source.rule.get("kind") == Imported.kind:  # what is averaged is not told from other tensors
-        known.update(aliases, *aliases.values())
+        left = {*aliases, *itertools.chain(*aliases.values())} & (source.tensors.keys() - known)
+        if left:
+            logger.info("%s: %s are not averaged here, and left alone", path, sorted(left))
+        known |= left
     for name in sorted(source.tensors.keys() - known):
         raise CheckpointMismatch(
             f"{path}: average {average.name!r}: {name} is in the checkpoint and not averaged "
