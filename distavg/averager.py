@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from distavg.average import Average, Updates
+from distavg.checkpoint.export import export_average, export_dtype, parse_size
 from distavg.checkpoint.folders import reading
 from distavg.checkpoint.load import plan_load
 from distavg.checkpoint.save import (
@@ -496,6 +497,42 @@ class Averager:
         self._position = Position(manifest.steps, manifest.epochs)
         self._id, self._loaded = manifest.averager_id, manifest.save_id
         self._broken = None
+
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        name: str | None = None,
+        *,
+        dtype: str | torch.dtype | None = None,
+        max_shard_size: str | int = "5GB",
+    ) -> None:
+        """Write an average as whole tensors in safetensors files, with an index. Collective.
+
+        As `transformers` and `safetensors.torch.load_model` read a model; of tied names the first
+        is written. What the average does not hold comes from the model: buffers, frozen
+        parameters, and the configuration of a model of transformers. Each rank writes its part,
+        and no rank holds a tensor whole. The folder appears when it is complete.
+
+        Args:
+            path: A folder that does not exist yet, on a file system that all ranks share.
+            name: Which average.
+            dtype: What floating tensors are converted to, such as `"bf16"`; None to keep theirs.
+            max_shard_size: The largest file, unless one tensor is larger: `"5GB"` or bytes.
+
+        Raises:
+            CheckpointExists: There is something at `path`.
+            CheckpointError: Anything failed on any rank; nothing is left behind.
+            ConfigError: A dtype or a size that cannot be.
+        """
+        average = self._named(name)
+        wanted, nbytes = export_dtype(dtype), parse_size(max_shard_size)
+        doing = f"exporting to {path}"
+        self._meet(doing, self._check_usable)
+        self._check_alike(average.num_updates, doing)
+        check_copies([average], self._shards, self._comm, doing)
+        export_average(
+            average, self._shards, self._comm, Path(path), dtype=wanted, max_shard_bytes=nbytes
+        )
 
     def state_dict(self) -> "OrderedDict[str, Any]":
         """Live references to the averages, for `torch.distributed.checkpoint`. Not collective.

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 from checks import trained
 from click.testing import CliRunner, Result
 from models import Uneven
+from ranks import run_ranks
+from torch import nn
 
-from distavg import EMA, SWA, Clock
+from distavg import EMA, SWA, Averager, Clock
+from distavg.checkpoint import read
 from distavg.checkpoint.manifest import read_manifest
 from distavg.cli import main
 
@@ -36,13 +42,14 @@ def test_inspect(checkpoint: Path) -> None:
     assert first.startswith(f"{checkpoint}: committed 20")
     assert first.endswith(" UTC")
     average = read_manifest(checkpoint).averages["ema"]
-    size = f"{len(average.tensors)} tensors, {average.nbytes:,} bytes in 1 files"
+    count, nbytes = len(average.tensors), average.nbytes
     assert lines == [
         "step 5, epoch 2.5",
-        "ema: EMA(start='1ba', update_interval='1ba', decay=0.9, min_decay=0.0)",
-        f"  4 updates, {size}",
-        "swa: SWA(start='0ba', update_interval='1ep')",
-        f"  2 updates, {size}",
+        "average  updates  tensors  bytes  ranks  coverage  rule",
+        f"ema            4  {count:>7}  {nbytes:>5,}      1  whole     "
+        "EMA(start='1ba', update_interval='1ba', decay=0.9, min_decay=0.0)",
+        f"swa            2  {count:>7}  {nbytes:>5,}      1  whole     "
+        "SWA(start='0ba', update_interval='1ep')",
         "written by also=: train",
     ]
 
@@ -55,38 +62,146 @@ def test_inspect_tensors(checkpoint: Path) -> None:
     assert "frozen" not in result.output
 
 
+def test_inspect_for_a_script(checkpoint: Path) -> None:
+    content = json.loads(distavg("inspect", "--json", checkpoint).output)
+    average = read_manifest(checkpoint).averages["ema"]
+    assert content["path"] == str(checkpoint)
+    assert (content["steps"], content["epochs"], content["also"]) == (5, 2.5, "train")
+    assert content["averages"]["ema"] == {
+        "rule": EMA(0.9, start="1ba").record(),
+        "num_updates": 4,
+        "tensors": len(average.tensors),
+        "bytes": average.nbytes,
+        "ranks": 1,
+        "coverage": "whole",
+    }
+    tensors = json.loads(distavg("inspect", "--json", "--tensors", checkpoint).output)
+    expected = {"dtype": "float32", "shape": [5, 4], "aliases": ["head.weight"]}
+    assert tensors["averages"]["swa"]["tensors"]["embed.weight"] == expected
+
+
 def test_verify(checkpoint: Path) -> None:
     result = distavg("verify", checkpoint)
     assert result.exit_code == 0
     total = sum(average.nbytes for average in read_manifest(checkpoint).averages.values())
-    assert result.output.endswith(f"{checkpoint}: whole and unspoiled, {total:,} bytes verified\n")
+    assert result.output == f"{checkpoint}: whole and unspoiled, {total:,} bytes verified\n"
 
 
-def test_a_damaged_checkpoint(checkpoint: Path) -> None:
-    path = checkpoint / read_manifest(checkpoint).averages["swa"].files[0].name
-    nbytes = path.stat().st_size
-    os.truncate(path, nbytes - 1)
+def test_every_fault_of_a_checkpoint_is_named(checkpoint: Path) -> None:
+    ema, swa = (read_manifest(checkpoint).averages[name].files[0] for name in ("ema", "swa"))
+    nbytes = (checkpoint / swa.name).stat().st_size
+    os.truncate(checkpoint / swa.name, nbytes - 1)
+    with (checkpoint / ema.name).open("r+b") as file:
+        for box in ema.boxes[2:4]:
+            file.seek(box.begin)
+            byte = file.read(1)
+            file.seek(box.begin)
+            file.write(bytes([byte[0] ^ 1]))
     result = distavg("verify", checkpoint)
     assert result.exit_code == 1
-    assert result.output.splitlines()[-1] == (
-        f"Error: CheckpointCorrupt: {path} is torn: it has {nbytes - 1} bytes, the manifest says "
-        f"{nbytes}"
+    first, second, third, last = result.output.splitlines()
+    for line, box in zip((first, second), ema.boxes[2:4], strict=True):
+        assert line == (
+            f"{ema.name}: {box.fqn}: the checksum of block 0 is wrong (bytes {box.begin} and "
+            "following of the file)"
+        )
+    assert third == (
+        f"{checkpoint / swa.name} is torn: it has {nbytes - 1} bytes, the manifest says {nbytes}"
     )
+    assert last.startswith(f"Error: {checkpoint}: 3 faults, ")
     assert distavg("inspect", checkpoint).exit_code == 0  # the manifest is whole
 
 
-@pytest.mark.parametrize("command", ["inspect", "verify"])
+@pytest.mark.parametrize("command", ["inspect", "verify", "diff", "export"])
 def test_no_checkpoint(tmp_path: Path, command: str) -> None:
-    result = distavg(command, tmp_path)
-    assert result.exit_code == 1
+    more = {"diff": [tmp_path], "export": ["-o", tmp_path / "out"]}.get(command, [])
+    result = distavg(command, tmp_path, *more)
+    assert result.exit_code == 2
     assert result.output == (
         f"Error: CheckpointNotFound: {tmp_path}: has no manifest.json: it is not a checkpoint, or "
         "its save was never committed\n"
     )
     (tmp_path / "manifest.json").write_text("{}")
-    result = distavg(command, tmp_path)
+    result = distavg(command, tmp_path, *more)
     assert result.exit_code == 1
     assert result.output.startswith(f"Error: CheckpointCorrupt: {tmp_path}: manifest.json is torn")
+
+
+# ------------------------------------------------------------------------------------------ diff
+
+
+def test_averages_that_are_equal(checkpoint: Path) -> None:
+    result = distavg("diff", checkpoint, checkpoint, "--name=ema")
+    count = len(read_manifest(checkpoint).averages["ema"].tensors)
+    assert (result.exit_code, result.output) == (0, f"ema: {count} tensors are equal\n")
+    result = distavg("diff", checkpoint, checkpoint)
+    assert result.exit_code == 2
+    assert result.output == (
+        f"Error: ConfigError: {checkpoint} holds the averages ['ema', 'swa']: name one\n"
+    )
+
+
+def test_averages_that_differ(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1), nn.Linear(1, 1))
+    averager = Averager(model, EMA(0.5))
+    averager.save(tmp_path / "a")
+    before = {name: tensor.double() for name, tensor in averager.full_state_dict().items()}
+    with torch.no_grad():
+        model[0].weight[1, 1] += 3
+        model[2].bias.fill_(torch.nan)
+    averager.save(tmp_path / "b")
+    result = distavg("diff", tmp_path / "a", tmp_path / "b")
+    relative = f"{3 / before['0.weight'].norm().item():g}"
+    assert result.exit_code == 1
+    assert result.output.splitlines() == [
+        "tensor    largest  relative",
+        f"0.weight        3  {relative:>8}",
+        "2.bias    nan      nan",
+    ]
+    lines = distavg("diff", tmp_path / "a", tmp_path / "b", "--json").output.splitlines()
+    assert [json.loads(line)["fqn"] for line in lines] == ["0.weight", "2.bias"]
+    assert distavg("diff", tmp_path / "b", tmp_path / "b").exit_code == 0  # NaN equals itself
+
+    smaller = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 1))
+    Averager(smaller, EMA(0.5)).save(tmp_path / "c")
+    lines = distavg("diff", tmp_path / "a", tmp_path / "c").output.splitlines()
+    assert lines[1].split(maxsplit=1) == ["0.weight", "shapes (3, 2) and (4, 2)"]
+    assert lines[-1].split(maxsplit=1) == ["2.bias", "only in the first"]
+
+
+def save_on_ranks(root: str) -> None:
+    for layout in ("fsdp2", "ddp"):
+        _, averager = trained(layout, Uneven)
+        averager.save(f"{root}/{layout}")
+
+
+def test_other_layouts_compare_piece_by_piece(tmp_path: Path) -> None:
+    _, averager = trained("plain", Uneven)
+    averager.save(tmp_path / "plain")
+    run_ranks(save_on_ranks, 3, str(tmp_path))
+    with mock.patch.object(read, "_PIECE_ELEMENTS", 3):
+        for first, second in (("plain", "fsdp2"), ("fsdp2", "ddp"), ("ddp", "plain")):
+            result = distavg("diff", tmp_path / first, tmp_path / second, "--name=swa")
+            assert result.exit_code == 0, result.output
+    table = distavg("inspect", tmp_path / "fsdp2").output.splitlines()
+    assert [line.split()[4] for line in table[2:]] == ["ranks", "3", "3"]
+
+
+# ----------------------------------------------------------------------------------------- prune
+
+
+def test_prune(tmp_path: Path) -> None:
+    _, averager = trained("plain", Uneven)
+    for name in "abc":
+        averager.save(tmp_path / name)
+    (tmp_path / "dead" / "ema").mkdir(parents=True)
+    (tmp_path / "dead" / ".distavg-uncommitted.json").write_text('["ema"]')
+    assert distavg("prune", tmp_path).exit_code == 2
+    result = distavg("prune", tmp_path, "--keep", "2")
+    assert (result.exit_code, result.output) == (0, f"removed {tmp_path / 'a'}\n")
+    result = distavg("prune", tmp_path, "--uncommitted", "--keep", "1")
+    assert result.output == f"removed {tmp_path / 'b'}\ncleaned {tmp_path / 'dead'}\n"
+    assert [each.name for each in tmp_path.iterdir()] == ["c"]
 
 
 def test_the_module_runs(checkpoint: Path) -> None:

@@ -36,6 +36,7 @@ LEVELS = (
     "checkpoint.files",
     "checkpoint.folders",
     "checkpoint.save",
+    "checkpoint.export",
     "checkpoint.load",
     "checkpoint.read",
     "checkpoint",  # its __init__

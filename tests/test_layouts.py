@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from distavg import Averager, wrappers
-from distavg.checkpoint.load import verify_checkpoint
+from distavg.checkpoint.read import verify_checkpoint
 
 # ---------------------------------------------------------------- pipeline stages
 
@@ -128,7 +128,7 @@ def test_pipeline_stages_are_one_model(wrapped_in: str, world_size: int, tmp_pat
     assert [wrong for wrong, *_ in results] == [[]] * world_size
     total = sum(tensor.numel() for tensor in weights_of_all(0).values())
     assert sum(held for _, held, _ in results) == total
-    verify_checkpoint(tmp_path / wrapped_in)
+    assert verify_checkpoint(tmp_path / wrapped_in)[1] == []
     model = whole_model()  # one process loads what the stages saved
     averager = Averager(model, RULES)
     averager.load(tmp_path / wrapped_in)

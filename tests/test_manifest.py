@@ -18,7 +18,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distavg.checkpoint import manifest as module
-from distavg.checkpoint.load import verify_checkpoint
 from distavg.checkpoint.manifest import (
     BLOCK_BYTES,
     ITEM_BYTES,
@@ -29,6 +28,7 @@ from distavg.checkpoint.manifest import (
     SavedTensor,
     read_manifest,
 )
+from distavg.checkpoint.read import verify_checkpoint
 from distavg.cli import main
 from distavg.errors import CheckpointCorrupt, CheckpointError, CheckpointNotFound
 from distavg.layout import Box, divide

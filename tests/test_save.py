@@ -27,6 +27,7 @@ import distavg
 from distavg import Averager
 from distavg.checkpoint import folders
 from distavg.checkpoint.manifest import read_manifest
+from distavg.checkpoint.read import verify_checkpoint
 from distavg.errors import (
     CheckpointCorrupt,
     CheckpointError,
@@ -383,7 +384,7 @@ def overwrite_failing(root: str) -> None:
 def test_after_a_failure_the_old_checkpoint_is_loadable(tmp_path: Path) -> None:
     run_ranks(overwrite_failing, 2, str(tmp_path))
     assert holds(tmp_path / "a", range(3))
-    distavg.checkpoint.load.verify_checkpoint(tmp_path / "a")
+    assert verify_checkpoint(tmp_path / "a")[1] == []
 
 
 def also_that_raises(root: str) -> tuple[str, bool, list[str]]:

@@ -119,17 +119,14 @@ class AverageReader:
         total = math.prod(shape)
         for start in range(0, total, _PIECE_ELEMENTS):
             for box in range_boxes(shape, start, min(start + _PIECE_ELEMENTS, total)):
-                yield box, self._read(fqn, box)
+                yield box, self.part(fqn, box)
 
     def part(self, fqn: str, box: Box) -> Tensor:
-        """A part of a tensor.
+        """A part of a tensor, in host memory.
 
         Raises:
             CheckpointCorrupt: A file is missing, torn or spoiled.
         """
-        return self._read(fqn, box)
-
-    def _read(self, fqn: str, box: Box) -> Tensor:
         tensor = self.average.tensors[fqn]
         dtype = getattr(torch, tensor.dtype)
         found = torch.empty(box.sizes, dtype=dtype, device="cpu")
@@ -183,12 +180,13 @@ def differences(
             largest = apart = norm = 0.0
             is_equal = True
             for box, mine in first.pieces(fqn):
-                other = second.part(fqn, box)
-                wide = mine.double()
-                difference = wide - other
-                is_equal &= torch.equal(mine.double(), other.double())
-                largest = max(largest, difference.abs().max().item())
-                apart += difference.square().sum().item()
+                wide, other = mine.double(), second.part(fqn, box).double()
+                if not torch.equal(wide.view(torch.int64), other.view(torch.int64)):
+                    is_equal = False
+                    apart_here = (wide - other).abs()
+                    here = apart_here.max().item()
+                    largest = max(largest, here, key=lambda value: (math.isnan(value), value))
+                    apart += apart_here.square().sum().item()
                 norm += wide.square().sum().item()
                 progress(mine.nbytes)
             if not is_equal:
