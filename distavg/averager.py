@@ -537,8 +537,11 @@ class Averager:
     def state_dict(self) -> "OrderedDict[str, Any]":
         """Live references to the averages, for `torch.distributed.checkpoint`. Not collective.
 
-        `dcp.save({"averager": averager})` and `dcp.load` of it reshard like a model's state. A
-        copy made with `torch.save` can be loaded only by the rank that made it.
+        `dcp.save({"averager": averager})` and `dcp.load` of it reshard like a model's state, and
+        so does `dcp.async_save` over a process group of its own. A copy made with `torch.save` can
+        be loaded only by the rank that made it. PyTorch's `HuggingFaceStorageWriter` keeps one
+        rectangle of a tensor for each rank: not for FSDP1, nor where replicas divide tensors of
+        three dims or more; `save` writes safetensors of all of them.
         """
         self._check_usable()
         self._follow_if_needed()

@@ -7,7 +7,7 @@ storage corrupts files that hold Python ints, and its consolidation turns zero-d
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -29,15 +29,40 @@ __all__ = ["load_state", "state"]
 
 
 class _Pieces(LocalShardsWrapper):
-    """Pieces of any number of dims: DTensor views them in their own shape, which the base refuses.
+    """Pieces of any number of dims, which `dcp.async_save` can copy.
 
-    (It does so for several pieces of three dims or more.)
+    DTensor views them in their own shape, which the base class refuses for several pieces of three
+    dims or more. Staging makes zeros like what has no memory of its own, and copies into them; of
+    other tensors it would make a plain one.
     """
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten.zeros_like.default:
+            return args[0]._mapped(lambda piece: torch.zeros_like(piece, device="cpu"))
+        if func is torch.ops.aten.copy_.default:
+            for target, source in zip(args[0]._local_shards, args[1]._local_shards, strict=True):
+                target.copy_(source)
+            return args[0]
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
     @staticmethod
     def handle_view(args: Any, kwargs: Any) -> "_Pieces":
         """Themselves."""
-        return _Pieces(args[0].local_shards(), args[0].local_offsets())
+        pieces: _Pieces = args[0]
+        return pieces._mapped(lambda piece: piece)
+
+    def data_ptr(self) -> int:
+        """None of its own."""
+        return 0
+
+    def __deepcopy__(self, memo: Any) -> "_Pieces":
+        return self._mapped(torch.clone)
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> "_Pieces":
+        return _Pieces(list(map(function, self._local_shards)), self.local_offsets())
 
 
 def state(

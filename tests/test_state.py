@@ -26,6 +26,10 @@ from checks import (
 from models import Awkward, TokenModel, Uneven, build, set_weights, weights_at
 from ranks import run_ranks
 from torch import nn
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.optim.swa_utils import AveragedModel
 
@@ -89,6 +93,60 @@ def test_dcp_reshards_the_averages_bit_for_bit(
 ) -> None:
     run_ranks(save_with_dcp, saved[1], saved[0], cls, tmp_path)
     assert run_ranks(load_with_dcp, loaded[1], loaded[0], cls, tmp_path) == [[]] * loaded[1]
+
+
+def save_in_storage(layout: str, folder: Path, storage: str, is_async: bool) -> None:
+    model, averager = trained(layout, Uneven, range(3))
+    state = {"averager": averager, "scheduler": torch.arange(4.0)}
+    writer = {
+        "files": lambda: dcp.FileSystemWriter(folder),
+        "safetensors": lambda: HuggingFaceStorageWriter(str(folder), save_distributed=True),
+    }[storage]()
+    if is_async:  # while it writes, training goes on
+        group = dist.new_group(backend="gloo")
+        saving = dcp.async_save(state, storage_writer=writer, process_group=group)
+        feed(averager, model, [3, 4])
+        saving.result()
+    else:
+        dcp.save(state, storage_writer=writer)
+
+
+def load_from_storage(layout: str, folder: Path, storage: str) -> list[str]:
+    averager = Averager(build(layout, Uneven, seed=50), RULES)
+    reader = {
+        "files": lambda: dcp.FileSystemReader(folder),
+        "safetensors": lambda: HuggingFaceStorageReader(str(folder)),
+    }[storage]()
+    scheduler = torch.zeros(4)
+    dcp.load({"averager": averager, "scheduler": scheduler}, storage_reader=reader)
+    wrong = [] if scheduler.tolist() == [0, 1, 2, 3] else ["scheduler"]
+    for name in averager.names:
+        if averager[name].num_updates != 3:
+            wrong.append(f"{name}: {averager[name].num_updates} updates")
+        found = averager.full_state_dict(name, all_ranks=True)
+        expected = torch_average(Uneven, name, range(3))
+        held = averager[name].dtypes
+        wrong += differences({n: found[n] for n in held}, {n: expected[n] for n in held})
+    return wrong
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize(
+    ("storage", "saved", "loaded"),
+    [
+        ("files", ("ddp", 3), ("fsdp2", 2)),
+        ("files", ("fsdp1", 2), ("ddp", 3)),
+        ("safetensors", ("fsdp2", 3), ("ddp", 2)),
+        ("safetensors", ("plain", 1), ("fsdp1", 2)),
+        ("safetensors", ("tp", 2), ("fsdp2", 3)),
+    ],
+    ids=str,
+)
+def test_dcps_storages(
+    storage: str, saved: tuple[str, int], loaded: tuple[str, int], tmp_path: Path, *, is_async: bool
+) -> None:
+    run_ranks(save_in_storage, saved[1], saved[0], tmp_path, storage, is_async)
+    assert run_ranks(load_from_storage, loaded[1], loaded[0], tmp_path, storage) == [[]] * loaded[1]
 
 
 @pytest.mark.filterwarnings("ignore")  # DCP has its own without a process group
