@@ -46,7 +46,7 @@ class _Pieces(LocalShardsWrapper):
             for target, source in zip(args[0]._local_shards, args[1]._local_shards, strict=True):
                 target.copy_(source)
             return args[0]
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        return super().__torch_dispatch__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
 
     @staticmethod
     def handle_view(args: Any, kwargs: Any) -> "_Pieces":
@@ -62,7 +62,8 @@ class _Pieces(LocalShardsWrapper):
         return self._mapped(torch.clone)
 
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> "_Pieces":
-        return _Pieces(list(map(function, self._local_shards)), self.local_offsets())
+        offsets = [tuple(each) for each in self.local_offsets()]
+        return _Pieces(list(map(function, self._local_shards)), offsets)
 
 
 def state(

@@ -138,7 +138,7 @@ def load_from_storage(layout: str, folder: Path, storage: str) -> list[str]:
         ("files", ("fsdp1", 2), ("ddp", 3)),
         ("safetensors", ("fsdp2", 3), ("ddp", 2)),
         ("safetensors", ("plain", 1), ("fsdp1", 2)),
-        ("safetensors", ("tp", 2), ("fsdp2", 3)),
+        ("safetensors", ("hsdp", 4), ("fsdp2", 3)),
     ],
     ids=str,
 )
