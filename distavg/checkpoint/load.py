@@ -40,6 +40,7 @@ class LoadPlan:
         rules: The rule that each of them goes on with.
         names: For each of them the names under which each tensor was saved. Several, if it is
             tied here and was not then.
+        reads: For each of them what is read from which file, into what.
     """
 
     path: Path
@@ -47,6 +48,7 @@ class LoadPlan:
     sources: dict[str, SavedAverage]
     rules: dict[str, Rule]
     names: dict[str, dict[str, list[str]]]
+    reads: dict[str, "_ByFile"]
 
     def check_ties(self, averages: Sequence[Average], *, verify: bool) -> None:
         """Compare what was saved of tensors that are tied here and were not when they were saved.
@@ -64,7 +66,8 @@ class LoadPlan:
                 values = []
                 for name in names[shard.fqn]:
                     value = torch.empty(shard.box.sizes, dtype=dtype, device="cpu")
-                    self._fill(average, [(name, replace(shard, tensor=value))], verify=verify)
+                    wanted = [(name, replace(shard, tensor=value))]
+                    self._fill(average, _by_file(self.sources[average.name], wanted), verify=verify)
                     values.append(as_bytes(value))
                 for name, value in zip(names[shard.fqn], values, strict=True):
                     if not torch.equal(value, values[0]):
@@ -82,15 +85,17 @@ class LoadPlan:
         """
         for average in averages:
             if average.name in self.sources:
-                names = self.names[average.name]
-                wanted = [(names[shard.fqn][0], shard) for shard in average.own_shards()]
-                self._fill(average, wanted, verify=verify)
+                first = {names[0] for names in self.names[average.name].values()}
+                once = [
+                    (file, [each for each in boxes if each[0].fqn in first])
+                    for file, boxes in self.reads[average.name]
+                ]
+                self._fill(average, once, verify=verify)
 
-    def _fill(self, average: Average, wanted: Sequence[tuple[str, Shard]], *, verify: bool) -> None:
-        """Read saved tensors, by the names they were saved under, into shards."""
+    def _fill(self, average: Average, by_file: "_ByFile", *, verify: bool) -> None:
         source = self.sources[average.name]
         buffer = torch.empty(BUFFER_BYTES, dtype=torch.uint8, device="cpu")
-        for file, boxes in _by_file(source, wanted):
+        for file, boxes in by_file:
             with ShardReader(self.path, file, self.manifest.save_id) as reader:
                 for box, shard, reads in boxes:
                     dtype = getattr(torch, source.tensors[box.fqn].dtype)
@@ -140,15 +145,16 @@ def plan_load(
     sources = _sources(path, manifest, [a.name for a in averages], names or {}, missing)
     chosen: dict[str, Rule] = {}
     saved_names: dict[str, dict[str, list[str]]] = {}
+    reads: dict[str, _ByFile] = {}
     for average in averages:
         if average.name in sources:
             source = sources[average.name]
             chosen[average.name] = _choose_rule(path, average, source, rules)
             matched = _match(path, average, source, model_shards)
             _check_tensors(average, source, model_shards, matched, cast=cast)
-            _check_files(path, manifest, average, source, matched)
+            reads[average.name] = _plan_files(path, manifest, average, source, matched)
             saved_names[average.name] = matched
-    return LoadPlan(path, manifest, sources, chosen, saved_names)
+    return LoadPlan(path, manifest, sources, chosen, saved_names, reads)
 
 
 def _sources(
@@ -254,24 +260,28 @@ def _check_tensors(
             )
 
 
-def _check_files(
+def _plan_files(
     path: Path,
     manifest: Manifest,
     average: Average,
     source: SavedAverage,
     matched: Mapping[str, Sequence[str]],
-) -> None:
+) -> "_ByFile":
+    """What is read from which file; each is there, and the one that was saved."""
     if fault := source.fault():
         raise CheckpointCorrupt(f"{path}: average {average.name!r} is not whole: {fault}")
     wanted = [(name, shard) for shard in average.own_shards() for name in matched[shard.fqn]]
-    for file, _ in _by_file(source, wanted):
+    by_file = _by_file(source, wanted)
+    for file, _ in by_file:
         with ShardReader(path, file, manifest.save_id):
             pass
+    return by_file
 
 
-def _by_file(
-    source: SavedAverage, shards: Sequence[tuple[str, Shard]]
-) -> list[tuple[SavedFile, list[tuple[SavedBox, Shard, list[Read]]]]]:
+_ByFile = list[tuple[SavedFile, list[tuple[SavedBox, Shard, list[Read]]]]]
+
+
+def _by_file(source: SavedAverage, shards: Sequence[tuple[str, Shard]]) -> _ByFile:
     """The reads that fill these shards, each from a saved tensor, file by file."""
     wanted: dict[str, tuple[SavedFile, list[tuple[SavedBox, Shard, list[Read]]]]] = {}
     places = source.boxes()
