@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,3 +73,11 @@ def test_a_disk_that_fills_up_at_any_moment(small_disk: Path) -> None:
     filler.unlink()
     averager.save(small_disk / "b")
     assert state_of(small_disk / "b") == "new"
+
+
+def test_a_short_soak() -> None:
+    """`python tests/soak.py --rounds 200` is a long one."""
+    soak = [sys.executable, str(Path(__file__).with_name("soak.py")), "--rounds=2", "--seed=3"]
+    finished = subprocess.run(soak, capture_output=True, text=True, timeout=110, check=False)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "0 bad; at the end equal" in finished.stdout

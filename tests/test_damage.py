@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 from checks import RULES, cloned, differences, trained
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from models import Uneven, build
 from ranks import run_ranks
 
@@ -208,3 +210,22 @@ def test_headers_of_an_absurd_length(
     assert target.refuses(path) == (
         f"CheckpointCorrupt: {path / file.name}: the checksum of its header is wrong"
     )
+
+
+@given(st.binary(max_size=200), st.booleans())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_bytes_in_place_of_a_file(
+    saved: Path, target: Target, content: bytes, has_length: bool
+) -> None:
+    """Behind a true length of a header, or as they come."""
+    path = saved / "b"
+    file = files_of(path)[0]
+    whole = (path / file.name).read_bytes()
+    spoiled = (struct.pack("<Q", len(content)) if has_length else b"") + content
+    try:
+        for filled in (spoiled, spoiled.ljust(len(whole), b" ")):
+            (path / file.name).write_bytes(filled)
+            assert file.name in target.refuses(path)
+            assert len(verify_checkpoint(path)[1]) == 1
+    finally:
+        (path / file.name).write_bytes(whole)
