@@ -30,9 +30,16 @@ from distavg.checkpoint.save import (
     SaveRequest,
     call_also,
     check_copies,
+    in_background,
 )
 from distavg.comm import Comm
-from distavg.errors import CheckpointMismatch, ConfigError, StateError, UnsupportedError
+from distavg.errors import (
+    CheckpointMismatch,
+    ConfigError,
+    RankError,
+    StateError,
+    UnsupportedError,
+)
 from distavg.gather import copy_into, iter_whole_tensors, squared_distance
 from distavg.hooks import OptimizerHooks
 from distavg.rules import Rule
@@ -373,7 +380,8 @@ class Averager:
             block: Whether to return when it is committed. Otherwise at once after `also` and a copy
                 of this rank's shards to host memory; the rest happens in a thread. One save is
                 under way at a time: the next `save` or `load` waits for it, and raises what it
-                failed with. Call `wait()` before `destroy_process_group()`.
+                failed with on every rank, unless all have heard it from `wait()`. Call `wait()`
+                on the last one, before `destroy_process_group()`.
             overwrite: Replace the checkpoint at `path`; it stays whole until the new one is.
             keep: Afterwards remove all but this many newest checkpoints of this run (the same
                 averager, over resumes) in the parent folder; never the one that it was loaded from.
@@ -395,7 +403,7 @@ class Averager:
             self._shards.check_replicas(doing)
         check_copies(averages, self._shards, self._comm, doing)
         request = SaveRequest(
-            Path(path),
+            Path(path).absolute(),
             self._id,
             self._position.steps,
             self._position.epochs,
@@ -405,18 +413,24 @@ class Averager:
             spared=self._loaded,
         )
         contents = [Contents.of(average, self._shards, copy=not block) for average in averages]
-        saving = Save(request, contents, self._comm if block else self._comm.for_a_thread())
         if block:
-            saving.finish()
-            return SaveHandle(request.path)
-        self._saving = SaveHandle(request.path, saving.finish)
+            Save(request, contents, self._comm).finish()
+            return SaveHandle(Path(path))
+        self._saving = in_background(Path(path), request, contents, self._comm.for_a_thread())
         return self._saving
 
     def _finish_saving(self) -> None:
-        """Wait for a save in the background, and raise what it ended with."""
-        saving, self._saving = self._saving, None
-        if saving is not None:
-            saving.wait()
+        """Wait for a save in the background. Raise what it ended with, unless every rank knows."""
+        saving = self._saving
+        if saving is None:
+            return
+        saving.join()
+        self._saving = None
+        if isinstance(saving.error, RankError):  # with a rank that was lost there is no vote
+            raise saving.error
+        with self._comm.together(f"saving to {saving.path} in the background"):
+            if saving.error is not None and not saving.is_reported:
+                raise saving.error
 
     def load(
         self,
@@ -508,10 +522,10 @@ class Averager:
     ) -> None:
         """Write an average as whole tensors in safetensors files, with an index. Collective.
 
-        As `transformers` and `safetensors.torch.load_model` read a model; of tied names the first
-        is written. What the average does not hold comes from the model: buffers, frozen
-        parameters, and the configuration of a model of transformers. Each rank writes its part,
-        and no rank holds a tensor whole. The folder appears when it is complete.
+        As `transformers` reads a model, and where it is one file `safetensors.torch.load_model`; of
+        tied names the first is written. What the average does not hold comes from the model:
+        buffers, frozen parameters, and the configuration of a model of transformers. Each rank
+        writes its part, and no rank holds a tensor whole. The folder appears when it is complete.
 
         Args:
             path: A folder that does not exist yet, on a file system that all ranks share.
@@ -524,9 +538,13 @@ class Averager:
             CheckpointError: Anything failed on any rank; nothing is left behind.
             ConfigError: A dtype or a size that cannot be.
         """
-        average = self._named(name)
-        wanted, nbytes = export_dtype(dtype), parse_size(max_shard_size)
         doing = f"exporting to {path}"
+        with self._comm.together(doing):
+            average = self._named(name)
+            wanted, nbytes = export_dtype(dtype), parse_size(max_shard_size)
+        arguments = (average.name, str(wanted), nbytes)
+        if len(given := set(self._comm.gather(arguments, doing))) > 1:
+            raise ConfigError(f"{doing}: the ranks were given other arguments: {sorted(given)}")
         self._meet(doing, self._check_usable)
         self._check_alike(average.num_updates, doing)
         check_copies([average], self._shards, self._comm, doing)

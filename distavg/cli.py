@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -46,6 +47,8 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
+        except OSError as error:
+            raise _Failure(str(error)) from error
         except DistavgError as error:
             kind = click.ClickException if isinstance(error, CheckpointCorrupt) else _Failure
             raise kind(f"{type(error).__name__}: {error}") from error
@@ -155,7 +158,7 @@ def verify(path: Path) -> None:
 @main.command()
 @click.argument("first", type=click.Path(path_type=Path))
 @click.argument("second", type=click.Path(path_type=Path))
-@click.option("--name", help="Which average, if the checkpoints hold several.")
+@click.option("--name", help="Which average, if there are several; A:B where the names differ.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each tensor.")
 def diff(first: Path, second: Path, name: str | None, *, as_json: bool) -> None:
     """List the tensors in which an average differs between two checkpoints.
@@ -164,15 +167,20 @@ def diff(first: Path, second: Path, name: str | None, *, as_json: bool) -> None:
     that of the FIRST average. Exits with 1 if there is any.
     """
     rows: list[tuple[str, ...]] = [("tensor", "largest", "relative")]
+    names = (None, None) if name is None else (name.partition(":")[0], name.rpartition(":")[2])
     with ExitStack() as stack:
         one, other = (
-            stack.enter_context(AverageReader(path, stack.enter_context(reading(path)), name))
-            for path in (first, second)
+            stack.enter_context(AverageReader(path, stack.enter_context(reading(path)), each))
+            for path, each in zip((first, second), names, strict=True)
         )
         with _progress(one.average.nbytes, "comparing") as bar:
             for each in differences(one, other, bar.update):
                 if as_json:
-                    click.echo(json.dumps(asdict(each)))
+                    sizes = {key: value for key, value in asdict(each).items() if value == value}
+                    sizes = {
+                        key: None if value == math.inf else value for key, value in sizes.items()
+                    }
+                    click.echo(json.dumps({"largest": None, "relative": None, **sizes}))
                 cells = (
                     (each.what, "") if each.what else (f"{each.largest:g}", f"{each.relative:g}")
                 )

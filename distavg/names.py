@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distavg.errors import ConfigError
 
-__all__ = ["WRAPPER_LEVELS", "Flattened", "NamedTensor", "named_tensors"]
+__all__ = ["WRAPPER_LEVELS", "Flattened", "NamedTensor", "named_tensors", "unwrapped"]
 
 # Each wrapper that is a level of its own, and the attribute that holds the wrapped module.
 _WRAPPERS: dict[type[nn.Module], str] = {
@@ -118,6 +118,13 @@ def named_tensors(
         replace(each, aliases=tuple(aliases[key])) if aliases[key] else each
         for key, each in firsts.items()
     ]
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """A module without the wrappers around it."""
+    while (attribute := _wrapped_attribute(module)) is not None:
+        module = getattr(module, attribute)
+    return module
 
 
 def _walk(model: nn.Module, prefix: str, elsewhere: Elsewhere) -> Iterator[NamedTensor]:

@@ -51,7 +51,7 @@ from distavg.layout import Box, nested_extent, range_boxes
 from distavg.names import Flattened, NamedTensor, named_tensors
 from distavg.tensors import Anchor, LiveTensor, Shard
 
-__all__ = ["Face", "Model", "Wrapped", "is_sharded", "ranks_of"]
+__all__ = ["Face", "Model", "Wrapped", "class_name", "is_sharded", "ranks_of"]
 
 Model = nn.Module | Mapping[str, nn.Module]
 
@@ -327,6 +327,11 @@ def _is_ignored(named: NamedTensor) -> bool:
         return False
     inner = named.ddp.module.named_parameters()
     return any(p is named.tensor and n in named.ddp.parameters_to_ignore for n, p in inner)
+
+
+def class_name(module: nn.Module) -> str:
+    """The name of a module's class; `fully_shard` puts one of its own before it."""
+    return type(module).__name__.removeprefix("FSDP" if isinstance(module, FSDPModule) else "")
 
 
 def is_sharded(parameter: Tensor) -> bool:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -167,6 +168,67 @@ def test_averages_that_differ(tmp_path: Path) -> None:
     lines = distavg("diff", tmp_path / "a", tmp_path / "c").output.splitlines()
     assert lines[1].split(maxsplit=1) == ["0.weight", "shapes (3, 2) and (4, 2)"]
     assert lines[-1].split(maxsplit=1) == ["2.bias", "only in the first"]
+
+
+class Buffers(nn.Module):
+    """What is hard to compare."""
+
+    def __init__(self, mask: list[float], count: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2))
+        self.register_buffer("mask", torch.tensor(mask))
+        self.register_buffer("count", torch.tensor([count]))
+
+
+def test_infinities_signs_and_large_integers(tmp_path: Path) -> None:
+    for name, mask, count in (
+        ("a", [-torch.inf, 1.0], 2**53),
+        ("b", [-torch.inf, 1.5], 2**53 + 1),
+        ("c", [torch.inf, 1.0], 2**53),
+    ):
+        model = Buffers(mask, count)
+        if name == "c":
+            with torch.no_grad():
+                model.weight.neg_()
+        averager = Averager(model, EMA(), buffers="copied")
+        averager.update()
+        averager.save(tmp_path / name)
+
+    def lines(*arguments: str) -> list[dict[str, Any]]:
+        output = distavg("diff", tmp_path / "a", *arguments, "--json").output
+        return [json.loads(line, parse_constant=pytest.fail) for line in output.splitlines()]
+
+    mask, count = lines(str(tmp_path / "b"))
+    assert (mask["fqn"], mask["largest"]) == ("mask", 0.5)
+    assert count["fqn"] == "count"
+    weight, mask = lines(str(tmp_path / "c"))
+    assert (weight["what"], weight["largest"]) == ("signs of zero", 0)
+    assert (mask["fqn"], mask["largest"]) == ("mask", None)
+
+
+def test_averages_of_other_names_and_dtypes(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2).bfloat16()
+    Averager(model, {"x": EMA(), "y": EMA(0.5)}).save(tmp_path / "a")
+    Averager(model, {"z": EMA()}, dtype=torch.bfloat16).save(tmp_path / "b")
+    assert distavg("diff", tmp_path / "a", tmp_path / "a", "--name=x:y").exit_code == 0
+    result = distavg("diff", tmp_path / "a", tmp_path / "b", "--name=x:z")
+    assert result.exit_code == 1
+    assert "weight  float32 and bfloat16" in result.output
+
+
+def test_what_cannot_be_read_is_not_called_corrupt(checkpoint: Path) -> None:
+    original = os.open
+
+    def refuse(path: Any, *rest: Any) -> int:
+        if str(path).endswith(".safetensors"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path, *rest)
+
+    with mock.patch.object(os, "open", refuse):
+        result = distavg("verify", checkpoint)
+    assert result.exit_code == 2
+    assert "CheckpointError: " in result.output
+    assert "Permission denied" in result.output
 
 
 def save_on_ranks(root: str) -> None:

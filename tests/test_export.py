@@ -22,8 +22,16 @@ from models import Uneven
 from ranks import run_ranks
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
-from distavg import EMA, Averager, CheckpointError, CheckpointExists, ConfigError
+from distavg import (
+    EMA,
+    Averager,
+    CheckpointError,
+    CheckpointExists,
+    ConfigError,
+    UnsupportedError,
+)
 from distavg.checkpoint import export as export_module
 from distavg.checkpoint import read
 from distavg.checkpoint.export import parse_size, plan_export
@@ -136,7 +144,75 @@ def test_transformers_loads_what_an_averager_exports(tmp_path: Path) -> None:
     assert torch.equal(base.embed_tokens.weight, model.get_input_embeddings().weight)
 
 
+@pytest.mark.parametrize("dtype", [None, "bf16"])
+def test_the_configuration_is_that_of_what_is_written(dtype: str | None, tmp_path: Path) -> None:
+    """A bf16 model has an fp32 average, which transformers must not round when it loads it."""
+    transformers: Any = importlib.import_module("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        dtype="bfloat16",
+    )
+    model = transformers.LlamaForCausalLM(config).bfloat16()
+    averager = Averager(model, EMA(0.5))
+    averager.step()
+    averager.export(tmp_path / "out", dtype=dtype)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    expected = "float32" if dtype is None else "bfloat16"
+    assert (written["architectures"], written["dtype"]) == (["LlamaForCausalLM"], expected)
+    assert (tmp_path / "out" / "generation_config.json").exists()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {getattr(torch, expected)}
+    whole = nn.Module()
+    whole.net = model  # its names are not those that transformers looks for
+    Averager(whole, EMA(0.5)).export(tmp_path / "whole")
+    assert not (tmp_path / "whole" / "config.json").exists()
+
+
+def test_tensors_that_averages_never_hold(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("rotations", torch.randn(3) * 1j)
+    model.register_buffer("counts", torch.arange(4).to(torch.uint16))
+    model.register_buffer("scales", torch.ones(4).to(torch.float8_e4m3fn))
+    Averager(model, EMA()).export(tmp_path / "out", dtype="bf16")
+    found = values_in(tmp_path / "out")
+    assert torch.equal(found["rotations"], model.rotations)
+    assert torch.equal(found["counts"], model.counts)
+    assert found["scales"].dtype == torch.float8_e4m3fn
+    model.register_buffer("odd", torch.randn(3).to(torch.complex128))
+    with pytest.raises(UnsupportedError, match=r"odd: safetensors files cannot hold complex128"):
+        Averager(model, EMA()).export(tmp_path / "odd")
+
+
+def test_more_files_than_are_held_open(tmp_path: Path) -> None:
+    model = nn.ParameterList(nn.Parameter(torch.randn(2)) for _ in range(100))
+    averager = Averager(model, EMA())
+    averager.export(tmp_path / "out", max_shard_size=8)
+    assert differences(values_in(tmp_path / "out"), averager.full_state_dict()) == []
+
+
 # --------------------------------------------------------------------------------- several ranks
+
+
+def given_otherwise(root: str) -> list[str]:
+    _, averager = trained("fsdp2", Uneven)
+    rank = dist.get_rank()
+    return [
+        error_of(averager.export, f"{root}/a", "ema", dtype=["bf16", None][rank]),
+        error_of(averager.export, f"{root}/a", ["ema", "swa"][rank]),
+        error_of(averager.export, f"{root}/a", "ema", dtype=["int3", None][rank]),
+    ]
+
+
+def test_ranks_that_are_given_other_arguments(tmp_path: Path) -> None:
+    for first, second, third in run_ranks(given_otherwise, 2, str(tmp_path)):
+        assert "the ranks were given other arguments: " in first
+        assert "the ranks were given other arguments: " in second
+        assert "'int3' is none of" in third
+    assert list(tmp_path.iterdir()) == []
 
 
 def export_on_ranks(root: str, layout: str) -> list[str]:
@@ -153,6 +229,24 @@ def export_on_ranks(root: str, layout: str) -> list[str]:
 )
 def test_each_rank_writes_its_part(layout: str, size: int, tmp_path: Path) -> None:
     assert run_ranks(export_on_ranks, size, str(tmp_path), layout) == [[]] * size
+
+
+def export_a_transformer(root: str) -> str:
+    transformers: Any = importlib.import_module("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    model = fully_shard(transformers.LlamaForCausalLM(config))
+    Averager(model, EMA(0.5)).export(f"{root}/out")
+    return str(json.loads(Path(root, "out", "config.json").read_text())["architectures"])
+
+
+def test_a_sharded_transformer_has_its_own_name(tmp_path: Path) -> None:
+    assert run_ranks(export_a_transformer, 2, str(tmp_path)) == ["['LlamaForCausalLM']"] * 2
 
 
 def fail_on_rank_1(root: str) -> list[str]:
@@ -215,6 +309,19 @@ def test_an_export_that_died_is_cleaned_by_the_next(tmp_path: Path) -> None:
         averager.export(tmp_path / "out", "ema")
     assert "another save to this path is under way" in texts[0]
     assert {each.name for each in tmp_path.iterdir()} == {"out"}
+
+
+def test_targets_that_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    averager = Averager(nn.Linear(1, 1), EMA())
+    monkeypatch.chdir(tmp_path)
+    for target in (".", "/", tmp_path):
+        with pytest.raises(CheckpointExists, match="cannot be replaced as a whole"):
+            averager.export(target)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    averager.export("link/")
+    assert (tmp_path / "there" / "model.safetensors").exists()
+    assert (tmp_path / "link").is_symlink()
 
 
 @pytest.mark.parametrize("dtype", ["int8", "fp8", "", 3, torch.int64, "Tensor"])

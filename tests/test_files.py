@@ -251,7 +251,8 @@ def test_something_else_in_its_place(tmp_path: Path) -> None:
     assert "is torn" in message_of(lambda: read_example(tmp_path, file))
     (tmp_path / "plain").touch()
     lost = replace(file, name="plain/" + file.name)
-    assert "cannot be read" in message_of(lambda: read_example(tmp_path, lost))
+    with pytest.raises(CheckpointError, match=r"cannot be read: .*Not a directory"):
+        read_example(tmp_path, lost)
 
 
 @pytest.mark.parametrize("nbytes", [0, 7, 8, 100, -1, -BLOCK_BYTES])

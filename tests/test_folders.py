@@ -16,6 +16,7 @@ from models import Uneven
 
 import distavg
 from distavg import CheckpointExists, CheckpointNotFound
+from distavg.checkpoint import folders
 from distavg.checkpoint.folders import (
     committed,
     prune,
@@ -171,3 +172,75 @@ def test_reading_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFound, match="no checkpoint here"), reading(tmp_path / "a"):
         pass
     assert distavg.latest(tmp_path) is None
+
+
+def test_what_is_read_while_it_is_overwritten_stays_until_the_next_save(tmp_path: Path) -> None:
+    model, averager = trained("plain", Uneven)
+    averager.save(tmp_path / "a")
+    with reading(tmp_path / "a") as manifest:
+        feed(averager, model, [3])
+        averager.save(tmp_path / "a", overwrite=True)
+        for average in manifest.averages.values():
+            assert all((tmp_path / "a" / file.name).exists() for file in average.files)
+    averager.load(tmp_path / "a")
+    averager.save(tmp_path / "a", overwrite=True)
+    assert not any(each.name.startswith(".") for each in (tmp_path / "a").iterdir())
+    assert len(list((tmp_path / "a").iterdir())) == 3
+
+
+def test_what_cannot_be_removed_does_not_stop_the_rest(
+    runs: tuple[Path, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    root, averager = runs
+    original = folders._lock
+
+    def lock(path: Path, *, exclusive: bool) -> Any:
+        if path.parent == root / "a" and exclusive:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return original(path, exclusive=exclusive)
+
+    with mock.patch.object(folders, "_lock", lock):
+        averager.save(root / "d", keep=1)
+    assert names(root) == {"a", "d"}
+    assert f"{root / 'a'} could not be removed: " in caplog.text
+
+
+def test_odd_folders_among_the_dead(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _, averager = trained("plain", Uneven)
+    averager.save(tmp_path / "spoiled")
+    take_marker(tmp_path / "spoiled", ["ema"]).close()
+    (tmp_path / "spoiled" / "manifest.json").write_bytes(b"spoiled")
+    outside = tmp_path.parent / f"{tmp_path.name}-outside"
+    for path in (outside, tmp_path / "dead", tmp_path / ".out.distavg-export"):
+        (path / "ema").mkdir(parents=True)
+        (path / MARKER).write_text('["ema"]')
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / MARKER).write_text("[" * 100_000)
+    (tmp_path / "link").symlink_to(outside)
+    assert prune_uncommitted(tmp_path) == [
+        tmp_path / ".out.distavg-export",
+        tmp_path / "dead",
+        tmp_path / "deep",
+    ]
+    assert names(tmp_path) == {"spoiled", "link"}
+    assert (outside / "ema").is_dir()
+    assert (tmp_path / "spoiled" / "ema").is_dir()
+    assert f"{tmp_path / 'spoiled'} could not be removed: " in caplog.text
+
+
+def test_what_was_overwritten_meanwhile_is_not_removed(runs: tuple[Path, Any]) -> None:
+    root, averager = runs
+    before = committed(root)
+    averager.save(root / "a", overwrite=True)
+    with mock.patch.object(folders, "committed", return_value=before):
+        assert prune(root, 1) == [root / "b"]
+    averager.load(root / "a")
+
+
+def test_latest_says_what_it_passes_over(
+    runs: tuple[Path, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    root, _ = runs
+    (root / "c" / "manifest.json").write_bytes(b"spoiled")
+    assert distavg.latest(root) == root / "b"
+    assert f"passed over: {root / 'c'}: manifest.json is torn or spoiled" in caplog.text

@@ -41,7 +41,7 @@ def convert(path: Path, *options: str) -> str:
 def refusal(path: Path, *options: str) -> str:
     out = path.with_suffix(".refused")
     result = CliRunner().invoke(main, ["import", str(path), "-o", str(out), *options])
-    assert result.exit_code == 1
+    assert result.exit_code == (1 if "CheckpointCorrupt: " in result.output else 2)
     assert not out.exists()
     return result.output.removeprefix("Error: ").rstrip("\n")
 
@@ -654,5 +654,6 @@ def test_the_command_says_what_it_holds(tmp_path: Path) -> None:
     torch.save(averaged(small(), 2).state_dict(), tmp_path / "ema.pt")
     convert(tmp_path / "ema.pt", "--steps=12", "--epochs=3")
     result = CliRunner().invoke(main, ["inspect", str(tmp_path / "ema")])
-    assert 'step 12, epoch 3\nema: IMPORTED(source="PyTorch\'s AveragedModel"' in result.output
+    assert "step 12, epoch 3\n" in result.output
+    assert 'IMPORTED(source="PyTorch\'s AveragedModel"' in result.output
     assert CliRunner().invoke(main, ["verify", str(tmp_path / "ema")]).exit_code == 0

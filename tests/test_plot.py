@@ -87,7 +87,7 @@ def test_the_picture(tmp_path: Path) -> None:
 )
 def test_clear_errors(arguments: list[str], text: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["plot", *arguments, "-o", str(tmp_path / "a.png")])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert text in result.output
     assert not (tmp_path / "a.png").exists()
 
@@ -96,5 +96,5 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path: Path) -> None:
     arguments = ["plot", "--rule", "ema", "--duration", "9ba", "-o", str(tmp_path / "a.png")]
     with mock.patch.dict(sys.modules, {"matplotlib.figure": None}):
         result = CliRunner().invoke(main, arguments)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "pip install 'distavg[plot]'" in result.output

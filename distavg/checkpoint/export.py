@@ -4,6 +4,7 @@ The files are laid out beforehand, so every piece goes straight to its place, fr
 has it, and no rank holds a tensor whole. They are written beside their place and renamed into it.
 """
 
+import copy
 import itertools
 import json
 import math
@@ -17,17 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distavg.average import Average
-from distavg.checkpoint.files import fsync_path
-from distavg.checkpoint.folders import check_unmarked, take_marker
+from distavg.checkpoint.files import fsync_path, fsync_tree
+from distavg.checkpoint.folders import EXPORT_SUFFIX, check_unmarked, take_marker
 from distavg.checkpoint.manifest import SavedTensor
 from distavg.comm import Comm
-from distavg.errors import CheckpointError, CheckpointExists, ConfigError
+from distavg.errors import CheckpointError, CheckpointExists, ConfigError, UnsupportedError
 from distavg.foreach import as_bytes
 from distavg.layout import Box
+from distavg.names import unwrapped
 from distavg.shards import ModelShards
+from distavg.wrappers import class_name
 
 __all__ = [
     "ExportFiles",
@@ -38,6 +41,7 @@ __all__ = [
     "plan_export",
 ]
 
+_OPEN_FILES = 32
 INDEX_NAME = "model.safetensors.index.json"
 _TYPES = {
     "float64": "F64",
@@ -50,9 +54,16 @@ _TYPES = {
     "int8": "I8",
     "uint8": "U8",
     "bool": "BOOL",
+    "complex64": "C64",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "uint16": "U16",
+    "uint32": "U32",
+    "uint64": "U64",
 }
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SHORT = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_FLOATS = set(_SHORT.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +139,12 @@ class ExportWriter:
 
     def _descriptor(self, name: str) -> int:
         if name not in self._open:
+            if len(self._open) == _OPEN_FILES:
+                descriptor = self._open.pop(next(iter(self._open)))
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
             self._open[name] = os.open(self._folder / name, os.O_WRONLY)
         return self._open[name]
 
@@ -186,7 +203,7 @@ def export_average(
             if comm.rank == 0:
                 folder = stack.enter_context(export_folder(path))
                 files.create(folder)
-                _write_config(folder, model_shards)
+                _write_config(folder, model_shards, files)
         folder = comm.broadcast(folder, doing)
         with comm.together(doing), _as_checkpoint_error(path), files.writing(folder) as writer:
             for part in parts:
@@ -195,13 +212,20 @@ def export_average(
             stack.close()
 
 
-def _write_config(folder: Path, model_shards: ModelShards) -> None:
-    """Write the configuration of a model of transformers, with which it is loaded again."""
-    for module in model_shards.modules:
-        config: Any = getattr(module, "config", None)
-        if hasattr(config, "save_pretrained"):
-            config.save_pretrained(folder)
-            return
+def _write_config(folder: Path, model_shards: ModelShards, files: ExportFiles) -> None:
+    """Write how a model of transformers is configured, with which `from_pretrained` builds it."""
+    if not isinstance(model_shards.model, nn.Module):
+        return
+    model: Any = unwrapped(model_shards.model)
+    if not hasattr(getattr(model, "config", None), "save_pretrained"):
+        return
+    config = copy.deepcopy(model.config)
+    floats = [tensor.dtype for tensor in files.tensors.values() if tensor.dtype in _FLOATS]
+    config.dtype = getattr(torch, floats[0]) if floats else None  # or it is loaded rounded
+    config.architectures = [class_name(model)]
+    config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
 
 
 @contextmanager
@@ -227,10 +251,16 @@ def plan_export(
             `save_model` does, and written once.
         dtype: What floating tensors are converted to; None to keep theirs.
         max_shard_bytes: The most bytes of tensors in a file.
+
+    Raises:
+        UnsupportedError: A dtype that safetensors files do not have.
     """
+    for tensor in tensors.values():
+        if tensor.dtype not in _TYPES:
+            raise UnsupportedError(f"{tensor.fqn}: safetensors files cannot hold {tensor.dtype}")
     wanted = None if dtype is None else str(dtype).removeprefix("torch.")
     converted = {
-        fqn: replace(tensor, dtype=wanted) if wanted and "float" in tensor.dtype else tensor
+        fqn: replace(tensor, dtype=wanted) if wanted and tensor.dtype in _FLOATS else tensor
         for fqn, tensor in tensors.items()
     }
     groups: list[list[SavedTensor]] = [[]]
@@ -275,8 +305,10 @@ def export_folder(path: Path) -> Iterator[Path]:
         CheckpointExists: There is something at the path, or another export to it is under way.
         CheckpointError: It cannot be written.
     """
-    path = path.absolute()
-    folder = path.with_name(f".{path.name}.distavg-export")
+    path = path.resolve()  # a link stays one
+    folder = path.with_name(f".{path.name}{EXPORT_SUFFIX}") if path.name else path
+    if path.is_mount() or path == Path.cwd():
+        raise CheckpointExists(f"{path} cannot be replaced as a whole: export to a folder in it")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointExists(f"{path} exists and is not empty: export to another path")
     try:
@@ -288,7 +320,7 @@ def export_folder(path: Path) -> Iterator[Path]:
             try:
                 yield folder
                 Path(marker.name).unlink()
-                fsync_path(folder)
+                fsync_tree(folder)
                 folder.rename(path)
                 fsync_path(path.parent)
             except BaseException:
@@ -322,7 +354,7 @@ def export_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None:
         return None
     name = str(found).removeprefix("torch.")
-    if not isinstance(found, torch.dtype) or name not in _SHORT.values():
+    if not isinstance(found, torch.dtype) or name not in _FLOATS:
         raise ConfigError(f"{dtype!r} is none of {', '.join(_SHORT)}")
     return found
 

@@ -26,7 +26,7 @@ from distavg.errors import CheckpointCorrupt, CheckpointError
 from distavg.foreach import as_bytes
 from distavg.tensors import Shard
 
-__all__ = ["ShardReader", "fsync_path", "group_boxes", "write_shards"]
+__all__ = ["ShardReader", "fsync_path", "fsync_tree", "group_boxes", "write_shards"]
 
 # Reads pass through a buffer of this size on the way to their tensors.
 BUFFER_BYTES = 32 * BLOCK_BYTES
@@ -121,11 +121,19 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def fsync_tree(folder: Path) -> None:
+    """Flush everything in a folder to the disk."""
+    for parent, _, files in os.walk(folder):
+        for entry in [*files, "."]:
+            fsync_path(Path(parent, entry))
+
+
 class ShardReader:
     """An open shard file whose size and header are those that the manifest names.
 
     Raises:
         CheckpointCorrupt: Missing, torn, another save's, or a spoiled header.
+        CheckpointError: It cannot be read, for want of permission or the like.
     """
 
     def __init__(self, root: Path, file: SavedFile, save_id: str) -> None:
@@ -136,7 +144,7 @@ class ShardReader:
         except FileNotFoundError:
             raise CheckpointCorrupt(f"{path} is missing") from None
         except OSError as error:
-            raise CheckpointCorrupt(f"{path} cannot be read: {error}") from error
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
         try:
             self._check(path, save_id)
         except BaseException:
@@ -199,7 +207,7 @@ class ShardReader:
             try:
                 got = os.preadv(self._descriptor, [view[done:]], box.begin + read.begin + done)
             except OSError as error:
-                raise CheckpointCorrupt(f"{self._file.name} cannot be read: {error}") from error
+                raise CheckpointError(f"{self._file.name} cannot be read: {error}") from error
             if got == 0:
                 raise CheckpointCorrupt(f"{self._file.name} is torn: it ended while it was read")
             done += got

@@ -3,7 +3,8 @@
 While a save is under way its folder holds a marker that lists the folders that it makes and those
 that it replaces. A save that died leaves it, and then nothing else than these folders is removed.
 The saving process locks the marker, readers lock the manifest (`flock`, shared): where the file
-system has such locks, two jobs do not save to one path at once, and what is being read stays.
+system has such locks, two jobs do not save to one path at once, and what is being read stays until
+nobody reads it (what an overwriting save replaces: until the save after that).
 """
 
 import fcntl
@@ -37,6 +38,7 @@ logger = logging.getLogger("distavg")
 # Averages' names, and so their folders, do not begin with a dot.
 _MARKER_NAME = ".distavg-uncommitted.json"
 TEMPORARY_PREFIX = f".{MANIFEST_NAME}."
+EXPORT_SUFFIX = ".distavg-export"
 
 
 def latest(root: str | os.PathLike[str]) -> Path | None:
@@ -50,11 +52,19 @@ def latest(root: str | os.PathLike[str]) -> Path | None:
 
 def committed(root: Path) -> list[tuple[Path, Manifest]]:
     """The committed checkpoints among a folder's immediate children, the oldest first."""
-    found = []
-    for path in root.iterdir() if root.is_dir() else ():
-        with suppress(CheckpointError):
-            found.append((path, read_manifest(path)))
+    paths = root.iterdir() if root.is_dir() else ()
+    found = [(path, manifest) for path in paths if (manifest := _manifest_at(path)) is not None]
     return sorted(found, key=lambda each: (each[1].committed_at, each[1].steps))
+
+
+def _manifest_at(path: Path) -> Manifest | None:
+    try:
+        return read_manifest(path)
+    except CheckpointNotFound:
+        return None
+    except CheckpointError as error:
+        logger.warning("passed over: %s", error)
+        return None
 
 
 @contextmanager
@@ -77,6 +87,21 @@ def reading(path: Path) -> Iterator[Manifest]:
     finally:
         if file is not None:
             file.close()
+
+
+@contextmanager
+def unless_read(path: Path) -> Iterator[bool]:
+    """Whether nobody reads the checkpoint that is at a path, if there is one."""
+    try:
+        file = _lock(path / MANIFEST_NAME, exclusive=True)
+    except FileNotFoundError:
+        yield True
+        return
+    if file is None:
+        yield False
+    else:
+        with file:
+            yield True
 
 
 def take_marker(path: Path, folders: Sequence[str]) -> BinaryIO:
@@ -187,24 +212,41 @@ def prune_uncommitted(root: Path) -> list[Path]:
     """
     cleaned = []
     for path in sorted(root.iterdir()) if root.is_dir() else ():
-        if (path / _MARKER_NAME).is_file():
-            with suppress(CheckpointExists), take_marker(path, []):
-                clean(path)
+        if (path / _MARKER_NAME).is_file() and not path.is_symlink():
+            with _going_on(path), take_marker(path, []):
+                if path.name.endswith(EXPORT_SUFFIX):
+                    shutil.rmtree(path)
+                else:
+                    clean(path)
                 cleaned.append(path)
     return cleaned
 
 
+@contextmanager
+def _going_on(path: Path) -> Iterator[None]:
+    """What cannot be removed is left, with a warning, for others to be removed all the same."""
+    try:
+        yield
+    except (CheckpointExists, FileNotFoundError):  # somebody else is at it
+        pass
+    except (CheckpointError, OSError) as error:
+        logger.warning("%s could not be removed: %s", path, error)
+
+
 def _remove(path: Path, manifest: Manifest) -> bool:
     """Remove a checkpoint, unless it is being read or saved to."""
-    with suppress(FileNotFoundError, CheckpointExists):
+    with _going_on(path):
         held = _lock(path / MANIFEST_NAME, exclusive=True)
         if held is None:
             logger.info("%s is being read, and stays", path)
             return False
-        with held, take_marker(path, manifest.folders):  # a crash from here on leaves no orphans
-            (path / MANIFEST_NAME).unlink()
-            fsync_path(path)
-            clean(path)
+        with held:
+            if read_manifest(path).save_id != manifest.save_id:
+                return False  # it was overwritten in this moment
+            with take_marker(path, manifest.folders):  # a crash from here on leaves no orphans
+                (path / MANIFEST_NAME).unlink()
+                fsync_path(path)
+                clean(path)
         return True
     return False
 
@@ -244,7 +286,7 @@ def _listed(content: bytes) -> list[str]:
     """The folders that a marker names; none, if it was torn, which is before any is made."""
     try:
         listed = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return []
     names = listed if isinstance(listed, list) else []
     return [name for name in names if type(name) is str and re.fullmatch(FOLDER_PATTERN, name)]

@@ -17,7 +17,7 @@ from typing import Any
 
 import xxhash
 
-from distavg.errors import CheckpointCorrupt, CheckpointNotFound
+from distavg.errors import CheckpointCorrupt, CheckpointError, CheckpointNotFound
 from distavg.layout import Box, cover_fault
 
 __all__ = ["Manifest", "SavedAverage", "SavedBox", "SavedFile", "SavedTensor", "read_manifest"]
@@ -41,6 +41,15 @@ ITEM_BYTES = {
     "int8": 1,
     "uint8": 1,
     "bool": 1,
+}
+# What a model may have besides, and an export writes; averages never hold it.
+_OTHER_ITEM_BYTES = {
+    "complex64": 8,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "uint16": 2,
+    "uint32": 4,
+    "uint64": 8,
 }
 FOLDER_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 _FILE_PATTERN = FOLDER_PATTERN + r"/shard-\d{5,}-model-\d{5,}-of-\d{5,}\.safetensors"
@@ -87,7 +96,7 @@ class SavedTensor:
     @property
     def item_bytes(self) -> int:
         """Bytes of an element."""
-        return ITEM_BYTES[self.dtype]
+        return (ITEM_BYTES | _OTHER_ITEM_BYTES)[self.dtype]
 
     @property
     def nbytes(self) -> int:
@@ -240,6 +249,7 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         CheckpointNotFound: Nothing is there, or a save that was never committed.
         CheckpointCorrupt: The manifest is spoiled.
+        CheckpointError: It cannot be read, for want of permission or the like.
     """
     try:
         content = (path / MANIFEST_NAME).read_bytes()
@@ -249,8 +259,10 @@ def read_manifest(path: Path) -> Manifest:
         else:
             text = "there is no checkpoint here" if not path.exists() else "is not a folder"
         raise CheckpointNotFound(f"{path}: {text}") from None
+    except IsADirectoryError:
+        raise CheckpointCorrupt(f"{path}: manifest.json is a folder") from None
     except OSError as error:
-        raise CheckpointCorrupt(f"{path}: manifest.json cannot be read: {error}") from error
+        raise CheckpointError(f"{path}: manifest.json cannot be read: {error}") from error
     try:
         return Manifest.from_bytes(content)
     except CheckpointCorrupt as error:

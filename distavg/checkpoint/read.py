@@ -18,6 +18,7 @@ from distavg.checkpoint.folders import reading
 from distavg.checkpoint.manifest import Manifest, SavedFile
 from distavg.checkpoint.plan import plan_reads
 from distavg.errors import CheckpointCorrupt, ConfigError
+from distavg.foreach import as_bytes
 from distavg.layout import Box, range_boxes
 
 __all__ = ["AverageReader", "Difference", "differences", "verify_checkpoint"]
@@ -151,7 +152,8 @@ class Difference:
 
     Attributes:
         fqn: The tensor.
-        what: Which difference cannot be counted: one of them lacks it, or another shape; else "".
+        what: Which difference cannot be counted: one of them lacks it, or another shape or dtype;
+            else "".
         largest: The largest absolute difference of two elements.
         relative: The Euclidean norm of the difference, relative to that of the first.
     """
@@ -165,7 +167,7 @@ class Difference:
 def differences(
     first: AverageReader, second: AverageReader, progress: Progress = lambda nbytes: None
 ) -> Iterator[Difference]:
-    """The tensors in which two averages differ, compared in fp64, piece by piece.
+    """The tensors of which two averages have other bits, with sizes in fp64; piece by piece.
 
     Raises:
         CheckpointCorrupt: A file is missing, torn or spoiled.
@@ -176,19 +178,22 @@ def differences(
             yield Difference(fqn, f"only in the {'first' if fqn in ours else 'second'}")
         elif ours[fqn].shape != theirs[fqn].shape:
             yield Difference(fqn, f"shapes {ours[fqn].shape} and {theirs[fqn].shape}")
+        elif ours[fqn].dtype != theirs[fqn].dtype:
+            yield Difference(fqn, f"{ours[fqn].dtype} and {theirs[fqn].dtype}")
         else:
             largest = apart = norm = 0.0
             is_equal = True
             for box, mine in first.pieces(fqn):
-                wide, other = mine.double(), second.part(fqn, box).double()
-                if not torch.equal(wide.view(torch.int64), other.view(torch.int64)):
+                other = second.part(fqn, box)
+                if not torch.equal(as_bytes(mine), as_bytes(other)):
                     is_equal = False
-                    apart_here = (wide - other).abs()
-                    here = apart_here.max().item()
-                    largest = max(largest, here, key=lambda value: (math.isnan(value), value))
-                    apart += apart_here.square().sum().item()
-                norm += wide.square().sum().item()
+                    # Infinities that are equal would be NaN apart.
+                    here = (mine.double() - other.double()).abs().masked_fill_(mine == other, 0)
+                    candidates = (largest, here.max().item())
+                    largest = max(candidates, key=lambda value: (math.isnan(value), value))
+                    apart += here.square().sum().item()
+                norm += mine.double().square().sum().item()
                 progress(mine.nbytes)
             if not is_equal:
                 relative = math.sqrt(apart / norm) if norm else math.inf
-                yield Difference(fqn, "", largest, relative)
+                yield Difference(fqn, "" if largest else "signs of zero", largest, relative)

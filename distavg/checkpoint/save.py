@@ -14,7 +14,6 @@ removes the folders that are not committed, and nothing else.
 
 import json
 import logging
-import os
 import shutil
 import threading
 import time
@@ -29,13 +28,14 @@ from typing import Any, BinaryIO, cast
 from torch import Tensor
 
 from distavg.average import Average
-from distavg.checkpoint.files import fsync_path, write_shards
+from distavg.checkpoint.files import fsync_path, fsync_tree, write_shards
 from distavg.checkpoint.folders import (
     TEMPORARY_PREFIX,
     check_unmarked,
     clean,
     prune,
     take_marker,
+    unless_read,
 )
 from distavg.checkpoint.manifest import (
     MANIFEST_NAME,
@@ -46,14 +46,28 @@ from distavg.checkpoint.manifest import (
     read_manifest,
 )
 from distavg.comm import Comm
-from distavg.errors import CheckpointError, CheckpointExists, CheckpointNotFound, DistavgError
+from distavg.errors import (
+    CheckpointCorrupt,
+    CheckpointError,
+    CheckpointExists,
+    CheckpointNotFound,
+    DistavgError,
+)
 from distavg.layout import Box
 from distavg.shards import ModelShards, check_equal
 from distavg.tensors import Shard
 
 logger = logging.getLogger("distavg")
 
-__all__ = ["Contents", "Save", "SaveHandle", "SaveRequest", "call_also", "check_copies"]
+__all__ = [
+    "Contents",
+    "Save",
+    "SaveHandle",
+    "SaveRequest",
+    "call_also",
+    "check_copies",
+    "in_background",
+]
 
 _EXTRA_NAME = "train"
 
@@ -65,41 +79,69 @@ class SaveHandle:
 
     Attributes:
         path: The checkpoint.
+        error: What it failed with; None as long as it has not.
+        is_reported: Whether `wait` has raised that on this rank.
     """
 
     def __init__(self, path: Path, finish: Callable[[], object] | None = None) -> None:
         self.path = path
-        self._error: BaseException | None = None
-        self._thread: threading.Thread | None = None
-        if finish is not None:
-            # Not a daemon: a process that ends waits for it.
-            self._thread = threading.Thread(target=self._run, args=(finish,), name="distavg-save")
-            self._thread.start()
+        self.error: BaseException | None = None
+        self.is_reported = False
+        self._ended = threading.Event()
+        if finish is None:
+            self._ended.set()
+        else:  # not a daemon: a process that ends waits for it
+            threading.Thread(target=self._run, args=(finish,), name="distavg-save").start()
 
     def _run(self, finish: Callable[[], object]) -> None:
         try:
             finish()
         except BaseException as error:
-            self._error = error
+            self.error = error
             logger.error("saving to %s in the background failed: %s", self.path, error)
+        finally:
+            self._ended.set()
+
+    def join(self) -> None:
+        """Return when the save has ended, well or not."""
+        self._ended.wait()
 
     def wait(self) -> None:
         """Return when the checkpoint is committed. Not collective.
 
         Raises:
-            CheckpointError: The save failed; nothing is left behind. Raised once on every rank,
-                here or by the averager's next `save` or `load`.
+            CheckpointError: The save failed; nothing is left behind.
             RankError: A rank was lost.
         """
-        if self._thread is not None:
-            self._thread.join()
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+        self.join()
+        if self.error is not None:
+            self.is_reported = True
+            raise self.error
 
     def done(self) -> bool:
         """Whether the save has ended on this rank, well or not."""
-        return self._thread is None or not self._thread.is_alive()
+        return self._ended.is_set()
+
+
+# The last background save over each group: two at a time would meet in their messages.
+_last: dict[object, SaveHandle] = {}
+
+
+def in_background(
+    path: Path, request: "SaveRequest", contents: Sequence["Contents"], comm: Comm
+) -> SaveHandle:
+    """Begin a save, and finish it in a thread, after others over this group. Collective.
+
+    Raises:
+        CheckpointExists: There is a checkpoint or something else at the path.
+        CheckpointError: It could not be begun.
+    """
+    if comm.group in _last:
+        _last[comm.group].join()
+    handle = SaveHandle(path, Save(request, contents, comm).finish)
+    if comm.group is not None:
+        _last[comm.group] = handle
+    return handle
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +196,7 @@ class SaveRequest:
     """What to save, and how.
 
     Attributes:
-        path: The checkpoint's folder.
+        path: The checkpoint's folder; absolute, since a thread may go on with it.
         averager_id: See `Manifest`.
         steps: See `Manifest`.
         epochs: See `Manifest`.
@@ -223,7 +265,7 @@ class Save:
                 with comm.together(self._doing), _as_checkpoint_error(request.path):
                     folder = request.path / str(self._target.extra_folder)
                     call_also(request.also, folder)
-                    _fsync_tree(folder)  # here: no other host can flush this one's cache
+                    fsync_tree(folder)  # here: no other host can flush this one's cache
 
     def finish(self) -> None:
         """Write everything and commit it."""
@@ -282,6 +324,8 @@ def _prepare(request: SaveRequest, contents: Sequence[Contents]) -> tuple[_Targe
     except CheckpointNotFound:
         if path.exists() and not path.is_dir():
             raise CheckpointExists(f"{path} exists and is not a folder") from None
+    except CheckpointCorrupt as error:
+        raise CheckpointCorrupt(f"{error}. To save here, remove the folder by hand") from error
     if replaces is not None and not request.overwrite:
         raise CheckpointExists(
             f"{path} holds a checkpoint already (of step {replaces.steps}): save to another path, "
@@ -405,14 +449,20 @@ def _write_manifest(
 def _commit(request: SaveRequest, target: _Target) -> None:
     """Rename the manifest into place, and tidy up. Rank 0."""
     try:
-        _temporary(request.path, target).rename(request.path / MANIFEST_NAME)
+        with unless_read(request.path) as is_unread:
+            _temporary(request.path, target).rename(request.path / MANIFEST_NAME)
     except OSError as error:
         with suppress(OSError):
             clean(request.path)
         raise CheckpointError(f"{request.path} could not be committed: {error}") from error
     try:
         fsync_path(request.path)
-        clean(request.path)
+        if is_unread:
+            clean(request.path)
+        else:
+            logger.info(
+                "%s was being read: what it replaced stays until a later save", request.path
+            )
         if request.keep is not None:
             prune(
                 request.path.absolute().parent,
@@ -429,12 +479,6 @@ def _commit(request: SaveRequest, target: _Target) -> None:
 
 def _temporary(path: Path, target: _Target) -> Path:
     return path / f"{TEMPORARY_PREFIX}{target.save_id}"
-
-
-def _fsync_tree(folder: Path) -> None:
-    for parent, _, files in os.walk(folder):
-        for entry in [*files, "."]:
-            fsync_path(Path(parent, entry))
 
 
 def _write_index(root: Path, average: SavedAverage) -> None:
