@@ -22,8 +22,8 @@ from distavg.checkpoint import files
 from distavg.checkpoint.files import (
     BUFFER_BYTES,
     ShardReader,
+    fill,
     group_boxes,
-    place,
     write_shards,
 )
 from distavg.checkpoint.manifest import BLOCK_BYTES, SavedFile
@@ -84,9 +84,10 @@ def read(root: Path, file: SavedFile, dtypes: dict[str, torch.dtype]) -> dict[st
         for box in file.boxes:
             found[box.fqn] = torch.zeros(box.box.sizes, dtype=dtypes[box.fqn])
             item_bytes = dtypes[box.fqn].itemsize
-            for each in plan_reads(box.box, box.box, item_bytes, BUFFER_BYTES):
-                reader.read(box, each, buffer)
-                place(each, buffer, dtypes[box.fqn], found[box.fqn])
+            for is_flat in (False, True):
+                found[box.fqn].zero_()
+                for each in plan_reads(box.box, box.box, item_bytes, BUFFER_BYTES, is_flat=is_flat):
+                    fill(reader, box, each, dtypes[box.fqn], found[box.fqn], buffer)
     return found
 
 

@@ -78,6 +78,11 @@ def carry_out(data: np.ndarray, reads: list[Read], target: np.ndarray, times: np
         assert read.begin % data.itemsize == read.nbytes % data.itemsize == 0
         buffer = data.view(np.uint8)[read.begin : read.begin + read.nbytes].view(data.dtype)
         assert buffer.nbytes == read.nbytes > 0
+        if read.direct is not None:
+            assert not read.copies
+            place = slice(read.direct, read.direct + buffer.size)
+            target.reshape(-1)[place] = buffer
+            times.reshape(-1)[place] += 1
         for copy in read.copies:
             array = buffer[copy.start : copy.start + math.prod(copy.sizes)].reshape(copy.sizes)
             target[copy.target.slices()] = array[copy.source.slices()]
@@ -93,7 +98,7 @@ def check_blocks(reads: list[Read], total_bytes: int, block_bytes: int, buffer_b
         assert read.begin + read.nbytes <= total_bytes
         assert read.nbytes <= buffer_bytes
         assert read.begin >= end
-        assert read.copies
+        assert read.copies or read.direct is not None
         end = read.begin + read.nbytes
 
 
@@ -102,9 +107,14 @@ def check_blocks(reads: list[Read], total_bytes: int, block_bytes: int, buffer_b
     st.sampled_from([1, 2, 4, 8]),
     st.sampled_from([8, 16, 40, 2**18]),
     st.integers(1, 5),
+    st.booleans(),
 )
 def test_every_layout_into_every_layout(
-    case: tuple[Shape, list[Box], list[Box]], item_bytes: int, block_bytes: int, blocks: int
+    case: tuple[Shape, list[Box], list[Box]],
+    item_bytes: int,
+    block_bytes: int,
+    blocks: int,
+    is_flat: bool,
 ) -> None:
     shape, saved_boxes, wanted_boxes = case
     whole = np.arange(1, 1 + math.prod(shape), dtype=np.int64).reshape(shape)
@@ -115,11 +125,28 @@ def test_every_layout_into_every_layout(
             times = np.zeros(wanted.sizes, int)
             for saved in saved_boxes:
                 data = np.ascontiguousarray(whole[saved.slices()]).reshape(-1)
-                reads = plan_reads(saved, wanted, item_bytes, blocks * block_bytes)
+                reads = plan_reads(saved, wanted, item_bytes, blocks * block_bytes, is_flat=is_flat)
                 check_blocks(reads, data.nbytes, block_bytes, blocks * block_bytes)
                 carry_out(data, reads, target, times)
             np.testing.assert_array_equal(target, whole[wanted.slices()])
             assert (times == 1).all()
+
+
+def test_what_lies_in_one_piece_is_read_straight_to_its_place() -> None:
+    """Rows 3 to 8 of ten rows of four, in blocks of four elements, into rows 2 to 9."""
+    with patch.object(plan, "BLOCK_BYTES", 16):
+        saved, wanted = Box((3, 0), (6, 4)), Box((2, 0), (8, 4))
+        reads = plan_reads(saved, wanted, 4, 64, is_flat=True)
+        assert reads == [Read(0, 0, 64, (), 4), Read(4, 64, 32, (), 20)]
+        # Columns do not lie so; nor do blocks of which a part is not wanted.
+        for box in (Box((3, 1), (6, 3)), Box((3, 0), (6, 2))):
+            assert all(r.direct is None for r in plan_reads(saved, box, 4, 64, is_flat=True))
+        reads = plan_reads(Box((0,), (14,)), Box((3,), (8,)), 4, 64, is_flat=True)
+        assert [(read.first_block, read.nbytes, read.direct) for read in reads] == [
+            (0, 16, None),
+            (1, 16, 1),
+            (2, 16, None),
+        ]
 
 
 @given(reshards(), st.sampled_from([8, 16, 40]))

@@ -26,7 +26,7 @@ from distavg.errors import CheckpointCorrupt, CheckpointError
 from distavg.foreach import as_bytes
 from distavg.tensors import Shard
 
-__all__ = ["ShardReader", "fsync_path", "fsync_tree", "group_boxes", "write_shards"]
+__all__ = ["ShardReader", "fill", "fsync_path", "fsync_tree", "group_boxes", "write_shards"]
 
 # Reads pass through a buffer of this size on the way to their tensors.
 BUFFER_BYTES = 32 * BLOCK_BYTES
@@ -230,12 +230,34 @@ class ShardReader:
         )
 
 
-def place(read: Read, buffer: Tensor, dtype: torch.dtype, target: Tensor) -> None:
-    """Copy what was read from the buffer to the wanted tensor."""
-    items = buffer[: read.nbytes].view(dtype)
-    for copy in read.copies:
-        source = items[copy.start : copy.start + math.prod(copy.sizes)].view(copy.sizes)
-        target[copy.target.slices()].copy_(source[copy.source.slices()])
+def fill(
+    reader: ShardReader,
+    box: SavedBox,
+    read: Read,
+    dtype: torch.dtype,
+    target: Tensor,
+    buffer: Tensor,
+    *,
+    verify: bool = True,
+) -> None:
+    """Read a part of a box to its place, straight or by way of a byte buffer, and verify it.
+
+    Raises:
+        CheckpointCorrupt: The file ends early, or a block's checksum is wrong.
+    """
+    if read.direct is None:
+        reader.read(box, read, buffer, verify=verify)
+        items = buffer[: read.nbytes].view(dtype)
+        for copy in read.copies:
+            source = items[copy.start : copy.start + math.prod(copy.sizes)].view(copy.sizes)
+            target[copy.target.slices()].copy_(source[copy.source.slices()])
+        return
+    place = target.view(-1)[read.direct : read.direct + read.nbytes // dtype.itemsize]
+    if place.dtype == dtype and place.device.type == "cpu":
+        reader.read(box, read, as_bytes(place), verify=verify)
+    else:
+        reader.read(box, read, buffer, verify=verify)
+        place.copy_(buffer[: read.nbytes].view(dtype))
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

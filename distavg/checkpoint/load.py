@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from distavg.average import Average
-from distavg.checkpoint.files import BUFFER_BYTES, ShardReader, place
+from distavg.checkpoint.files import BUFFER_BYTES, ShardReader, fill
 from distavg.checkpoint.manifest import Manifest, SavedAverage, SavedBox, SavedFile
 from distavg.checkpoint.plan import Read, plan_reads
 from distavg.errors import CheckpointCorrupt, CheckpointMismatch, ConfigError
@@ -100,8 +100,7 @@ class LoadPlan:
                 for box, shard, reads in boxes:
                     dtype = getattr(torch, source.tensors[box.fqn].dtype)
                     for read in reads:
-                        reader.read(box, read, buffer, verify=verify)
-                        place(read, buffer, dtype, shard.tensor)
+                        fill(reader, box, read, dtype, shard.tensor, buffer, verify=verify)
 
 
 def plan_load(
@@ -288,6 +287,8 @@ def _by_file(source: SavedAverage, shards: Sequence[tuple[str, Shard]]) -> _ByFi
     for name, shard in shards:
         item_bytes = source.tensors[name].item_bytes
         for file, box in places[name]:
-            if reads := plan_reads(box.box, shard.box, item_bytes, BUFFER_BYTES):
+            is_flat = shard.tensor.is_contiguous()
+            reads = plan_reads(box.box, shard.box, item_bytes, BUFFER_BYTES, is_flat=is_flat)
+            if reads:
                 wanted.setdefault(file.name, (file, []))[1].append((box, shard, reads))
     return list(wanted.values())
