@@ -3,8 +3,9 @@
     python tests/benchmarks/checkpoint.py [--rounds 5] [--json results.json]
 
 An EMA of 1.5 GB of fp32 in a transformer's shapes under FSDP2, on 2 and on 4 gloo ranks that this
-program starts itself. Saves are flushed to the disk on all sides; loads are warm. PyTorch's writers
-compute no checksums. `export` writes whole tensors in one process, against copying the files.
+program starts itself. Saves are flushed to the disk on all sides; loads are warm, and the raw reads
+are of the same files. PyTorch's writers compute no checksums. `export` writes whole tensors in one
+process, against copying the files.
 """
 
 from __future__ import annotations
@@ -108,12 +109,27 @@ def write_raw(path: Path, views: list[memoryview]) -> None:
     os.close(descriptor)
 
 
-def read_raw(path: Path, views: list[memoryview]) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    for view in views:
-        while view:
-            view = view[os.readv(descriptor, [view]) :]
-    os.close(descriptor)
+def read_raw(files: list[Path], views: list[memoryview]) -> None:
+    """Fill this rank's memory with its share of the bytes of these files, one after another."""
+    size, rank = sum(map(len, views)), dist.get_rank()
+    skipped = sum(path.stat().st_size for path in files) * rank // dist.get_world_size()
+    pending = [view for view in views if view]
+    for path in files * 2:  # the last rank may come to an end before its memory is full
+        nbytes = path.stat().st_size
+        if skipped >= nbytes:
+            skipped -= nbytes
+            continue
+        descriptor = os.open(path, os.O_RDONLY)
+        os.lseek(descriptor, skipped, os.SEEK_SET)
+        skipped = 0
+        while pending and (done := os.readv(descriptor, [pending[0][: 2**23]])):
+            size -= done
+            pending[0] = pending[0][done:]
+            if not pending[0]:
+                pending.pop(0)
+        os.close(descriptor)
+    if size:
+        raise RuntimeError(f"{size} bytes were not read")
 
 
 def measure_saves(root: str, shapes: Shapes, count: int, dim: int, keep: str) -> Any:
@@ -164,11 +180,10 @@ def measure_saves(root: str, shapes: Shapes, count: int, dim: int, keep: str) ->
 def measure_loads(root: str, shapes: Shapes, count: int, source: str) -> Any:
     averager = averager_of(shapes)
     tensors = averager.state_dict()["averages"]["ema"]["tensors"]
-    views, raw = bytes_of(averager), Path(root, f"raw-{dist.get_rank()}")
-    write_raw(raw, views)
-    path = f"{root}/{source}"
+    views, path = bytes_of(averager), f"{root}/{source}"
+    files = sorted(Path(path, "ema").glob("*.safetensors"))
     contestants: dict[str, Callable[[], object]] = {
-        "raw reads": lambda: read_raw(raw, views),
+        "raw reads": lambda: read_raw(files, views),
         "distavg": lambda: averager.load(path),
         "distavg, unverified": lambda: averager.load(path, verify=False),
         "DCP safetensors": lambda: dcp.load(
@@ -176,9 +191,7 @@ def measure_loads(root: str, shapes: Shapes, count: int, source: str) -> Any:
         ),
         "DCP native": lambda: dcp.load(tensors, checkpoint_id=f"{path}-dcp"),
     }
-    found = rounds(contestants, count, lambda: None)
-    raw.unlink()
-    return found
+    return rounds(contestants, count, lambda: None)
 
 
 def measure_export(root: Path, count: int) -> tuple[Seconds, dict[str, int]]:
