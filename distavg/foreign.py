@@ -5,6 +5,7 @@ checkpoint; Composer's SWA (which holds one) and EMA; the `-EMA` checkpoint of N
 Lightning's `WeightAveraging`. Files are read with `weights_only=True`, so nothing in them runs.
 """
 
+import itertools
 import re
 import uuid
 import warnings
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 import xxhash
-from torch import Tensor
+from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
 from distavg.checkpoint.manifest import FOLDER_PATTERN, ITEM_BYTES, SavedTensor
@@ -31,7 +32,13 @@ from distavg.names import WRAPPER_LEVELS
 from distavg.rules import Imported
 from distavg.tensors import Shard
 
-__all__ = ["ForeignAverage", "read_foreign", "write_foreign"]
+__all__ = [
+    "ForeignAverage",
+    "composers_ema_state",
+    "composers_swa_state",
+    "read_foreign",
+    "write_foreign",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +198,55 @@ def _composers_position(time: Mapping[str, Any]) -> tuple[int | None, Fraction |
     if not epoch or (steps - within) % epoch:
         return steps, None  # how long an epoch is cannot be told
     return steps, epoch + Fraction(within * epoch, steps - within)
+
+
+def composers_ema_state(theirs: Mapping[str, Any], model: nn.Module, steps: int) -> dict[str, Any]:
+    """A state of Composer's own EMA as that of `distavg.integrations.composer.EMA`.
+
+    Where the average was in place of the model, the training weights go back into the model.
+
+    Args:
+        theirs: The state, with whole tensors.
+        model: The model as Composer has loaded it.
+        steps: Batches done.
+    """
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    live = {name.removeprefix("module."): tensor for name, tensor in named}
+    apart = theirs["ema_model"]
+    if "named_parameters_dict" in apart:  # the one of the two that is not the model
+        apart = {**apart["named_parameters_dict"], **apart["named_buffers_dict"]}
+    elif theirs["ema_weights_active"]:  # before 0.13
+        apart = theirs["training_model"]
+    apart = {name.removeprefix("module."): tensor for name, tensor in apart.items()}
+    if theirs["ema_weights_active"] and theirs["ema_started"]:
+        average = {name: live[name].detach().clone() for name in apart}
+        with torch.no_grad():
+            for name, tensor in apart.items():
+                live[name].copy_(tensor)
+        apart = average
+    num_updates = max(1, steps) if theirs["ema_started"] else 0
+    return {"average": apart, "num_updates": num_updates}
+
+
+def composers_swa_state(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """A state of Composer's own SWA as that of `distavg.integrations.composer.SWA`.
+
+    Raises:
+        UnsupportedError: It anneals the learning rate.
+    """
+    if theirs["swa_scheduler"]:
+        raise UnsupportedError(
+            "SWA: the learning rate schedule in this state of Composer's own cannot be taken over"
+        )
+    model = theirs["swa_model"]
+    module = {n.removeprefix("module."): t for n, t in model.items() if n != "n_averaged"}
+    return {
+        "average": {name.removeprefix("module."): tensor for name, tensor in module.items()},
+        "num_updates": int(model["n_averaged"]) if theirs["swa_started"] else 0,
+        "is_started": theirs["swa_started"],
+        "is_completed": theirs["swa_completed"],
+        "counter": theirs["step_counter"],
+    }
 
 
 def _nemos(content: Any, path: Path) -> _Found:

@@ -9,17 +9,16 @@ its algorithm, never one in place of the other; those of its own algorithms are 
 documented (Composer 0.32 takes the last one).
 """
 
-import itertools
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch.optim.lr_scheduler import ConstantLR
 
 from distavg import rules
 from distavg.averager import Averager
-from distavg.errors import ConfigError, UnsupportedError
+from distavg.errors import ConfigError
+from distavg.foreign import composers_ema_state, composers_swa_state
 from distavg.learning_rate import ThenSWALR
 from distavg.schedule import Time
 
@@ -150,7 +149,8 @@ class EMA(_Algorithm):
 
     def _build(self, state: Any) -> None:
         if "ema_model" in self._state:
-            self._state = _taken_over(self._state, state)
+            steps = state.timestamp.batch.value
+            self._state = composers_ema_state(self._state, state.model, steps)
         super()._build(state)
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = False) -> None:
@@ -244,49 +244,9 @@ class SWA(_Algorithm):
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = False) -> None:
         """Take back what `state_dict` gave, here or of Composer's own, once training starts."""
         if "swa_started" in state:
-            state = _as_ours(state)
+            state = composers_swa_state(state)
         super().load_state_dict(state, strict)
         self._counter, self.is_completed = state["counter"], state["is_completed"]
-
-
-def _taken_over(theirs: Mapping[str, Any], state: Any) -> dict[str, Any]:
-    """A state of Composer's own EMA as ours.
-
-    Where the average was in place of the model, the training weights go back into the model.
-    """
-    named = itertools.chain(state.model.named_parameters(), state.model.named_buffers())
-    live = {name.removeprefix("module."): tensor for name, tensor in named}
-    apart = theirs["ema_model"]
-    if "named_parameters_dict" in apart:  # the one of the two that is not the model
-        apart = {**apart["named_parameters_dict"], **apart["named_buffers_dict"]}
-    elif theirs["ema_weights_active"]:  # before 0.13
-        apart = theirs["training_model"]
-    apart = {name.removeprefix("module."): tensor for name, tensor in apart.items()}
-    if theirs["ema_weights_active"] and theirs["ema_started"]:
-        average = {name: live[name].detach().clone() for name in apart}
-        with torch.no_grad():
-            for name, tensor in apart.items():
-                live[name].copy_(tensor)
-        apart = average
-    num_updates = max(1, state.timestamp.batch.value) if theirs["ema_started"] else 0
-    return {"average": apart, "num_updates": num_updates}
-
-
-def _as_ours(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """A state of Composer's own SWA as ours."""
-    if theirs["swa_scheduler"]:
-        raise UnsupportedError(
-            "SWA: the learning rate schedule in this state of Composer's own cannot be taken over"
-        )
-    model = theirs["swa_model"]
-    module = {n.removeprefix("module."): t for n, t in model.items() if n != "n_averaged"}
-    return {
-        "average": {name.removeprefix("module."): tensor for name, tensor in module.items()},
-        "num_updates": int(model["n_averaged"]) if theirs["swa_started"] else 0,
-        "is_started": theirs["swa_started"],
-        "is_completed": theirs["swa_completed"],
-        "counter": theirs["step_counter"],
-    }
 
 
 def _now(state: Any, unit: str) -> int:
