@@ -689,10 +689,11 @@ class Averager:
         """What a collective method begins with: every rank checks and follows. Collective."""
         if self._shards.lost:  # with a rank that was lost there can be no collective
             raise StateError(self._shards.lost)
-        with self._comm.together(doing):
+        with self._comm.together(doing) as vote:
             check()
             self._follow()
-        self._shards.catalogue_everywhere()
+            vote.answer = self._shards.digest
+        self._shards.catalogue_everywhere(vote.answers)
         for average in self._averages.values():
             average.learn_dtypes(self._shards)
 

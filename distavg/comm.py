@@ -8,9 +8,11 @@ timeout: a rank that does not come ends as a `RankError` on the others, never as
 import atexit
 import copy
 import functools
+import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -27,6 +29,23 @@ T = TypeVar("T")
 
 # Host tensors travel in messages of at most this size: large enough for full speed.
 MESSAGE_BYTES = 8 * 2**20
+
+# Small values travel with their length in a record of one size: one message, not two.
+_RECORD_BYTES = 512
+_LENGTH_BYTES = 8
+
+
+@dataclass(slots=True)
+class Vote:
+    """What every rank says at the end of `Comm.together`.
+
+    Attributes:
+        answer: This rank's; the body sets it.
+        answers: Every rank's, in rank order, after the body.
+    """
+
+    answer: Any = None
+    answers: list[Any] = field(default_factory=list)
 
 
 class Comm:
@@ -74,14 +93,25 @@ class Comm:
     def gather(self, value: T, doing: str) -> list[T]:
         """Every rank's small picklable value, in rank order, on every rank. Collective.
 
-        One all-gather of the pickled values.
+        One all-gather of the pickled values; two if one of them is longer than half a KiB.
         """
         if self.size == 1:
             return [value]
-        values: list[Any] = [None] * self.size
+        mine = pickle.dumps(value)
+        first = len(mine).to_bytes(_LENGTH_BYTES, "little") + mine[: _RECORD_BYTES - _LENGTH_BYTES]
+        records = self._gather_bytes(first, _RECORD_BYTES, doing)
+        longest = max(int.from_bytes(each[:_LENGTH_BYTES], "little") for each in records)
+        if longest <= _RECORD_BYTES - _LENGTH_BYTES:
+            return [pickle.loads(each[_LENGTH_BYTES:]) for each in records]
+        return [pickle.loads(each) for each in self._gather_bytes(mine, longest, doing)]
+
+    def _gather_bytes(self, mine: bytes, length: int, doing: str) -> list[bytes]:
+        """Every rank's bytes, filled up to a common length."""
+        sent = torch.frombuffer(bytearray(mine.ljust(length)), dtype=torch.uint8)
+        received = [torch.empty_like(sent) for _ in range(self.size)]
         with lost_rank(doing):
-            dist.all_gather_object(values, value, group=self.group)
-        return values
+            dist.all_gather(received, sent, group=self.group)
+        return [each.numpy().tobytes() for each in received]
 
     def gather_to_first(self, value: T, doing: str) -> list[T] | None:
         """Every rank's picklable value on rank 0, None elsewhere. Collective."""
@@ -141,35 +171,41 @@ class Comm:
         return {rank: int(each) for rank, each in zip(self.ranks, codes, strict=True) if each}
 
     @contextmanager
-    def together(self, doing: str) -> Iterator[None]:
+    def together(self, doing: str) -> Iterator["Vote"]:
         """Run the body on every rank; if it raises on one rank, raise on all. Collective.
 
-        One all-gather of each rank's error, or None. A rank whose body raised re-raises its own
-        error, unless several ranks failed in different ways; the others raise the same type, or
-        `RankError` if it is not one of distavg's. The body must not communicate, or else end on
-        every rank in spite of a failure elsewhere.
+        One all-gather of each rank's error and of what its body left in `vote.answer`, small and
+        picklable. A rank whose body raised re-raises its own error, unless several ranks failed in
+        different ways; the others raise the same type, or `RankError` if it is not one of
+        distavg's. The body must not communicate, or else end on every rank in spite of a failure
+        elsewhere.
         """
         error: Exception | None = None
+        vote = Vote()
         try:
-            yield
+            yield vote
         except Exception as caught:
             error = caught
-        self.raise_together(error, doing)
+        vote.answers = self._raise_together(error, vote.answer, doing)
 
     def raise_together(self, error: Exception | None, doing: str) -> None:
         """The collective half of `together`, for an error that was caught already."""
+        self._raise_together(error, None, doing)
+
+    def _raise_together(self, error: Exception | None, answer: object, doing: str) -> list[Any]:
         if self.size == 1:
             if error is not None:
                 raise error
-            return
-        mine = None if error is None else (_exported_type(error), _message(error))
+            return [answer]
+        failure = None if error is None else (_exported_type(error), _message(error))
+        gathered = self.gather((failure, answer), doing)
         failures = {
-            rank: failure
-            for rank, failure in zip(self.ranks, self.gather(mine, doing), strict=True)
-            if failure is not None
+            rank: failed
+            for rank, (failed, _) in zip(self.ranks, gathered, strict=True)
+            if failed is not None
         }
         if not failures:
-            return
+            return [each for _, each in gathered]
         if error is not None and len(set(failures.values())) == 1:
             raise error
         kind = next(iter(failures.values()))[0]

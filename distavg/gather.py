@@ -139,7 +139,7 @@ def copy_into(
             places, values = (list(column) for column in zip(*copies.values(), strict=True))
             torch._foreach_copy_(places, values)
         return
-    source.catalogue_everywhere()
+    source.catalogue_everywhere(comm.gather(source.digest, "copy_to()"))
     with comm.together("copy_to()"):
         _check_same_tensors(source, target)
     for fqn, whole in iter_whole_tensors(average.shards(), source, comm, all_ranks=True):

@@ -11,7 +11,7 @@ which nothing is known, and buffers.
 import fnmatch
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ from distavg.layout import divide
 from distavg.names import NamedTensor
 from distavg.replicas import ReplicaGroup
 from distavg.tensors import LiveTensor, Shard, Watch
-from distavg.wrappers import Face, Model, Wrapped, ranks_of
+from distavg.wrappers import Face, Model, Wrapped, ranks_of, stays
 
 __all__ = ["GlobalTensor", "ModelShards", "check_equal"]
 
@@ -35,8 +35,7 @@ _AVERAGED_DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class GlobalTensor:
+class GlobalTensor(NamedTuple):
     """A tensor of the whole model, whichever ranks have it; the same on every rank.
 
     Attributes:
@@ -121,7 +120,7 @@ class ModelShards:
                 _check_holders(tensor)
         self._wrapped.guard_graphs()
         self.catalogue: list[GlobalTensor] = []
-        self.catalogue_everywhere()
+        self.catalogue_everywhere(comm.gather(self.digest, "building an Averager"))
         # Tensors that are held from the same moment on are divided together.
         self._generations = [held]
         self._make_groups()
@@ -184,22 +183,33 @@ class ModelShards:
         for tensor in self.tensors:
             tensor.holders = tuple(ranks[mine[tensor.fqn]]) if tensor.parts else (self.rank,)
 
-    def catalogue_everywhere(self) -> None:
+    @property
+    def digest(self) -> int:
+        """64 bits that tell this rank's tensors from other names, shapes, dtypes and kinds."""
+        return xxhash.xxh3_64_intdigest(repr(self._own_catalogue()).encode())
+
+    def _own_catalogue(self) -> list[GlobalTensor]:
+        return [
+            GlobalTensor(
+                t.fqn, t.named.aliases, t.global_shape, t.dtype, t.named.is_buffer, t.is_held
+            )
+            for t in self.tensors
+        ]
+
+    def catalogue_everywhere(self, digests: Sequence[int]) -> None:
         """Bring `catalogue` up to date. Collective.
 
-        One all-gather of 64 bits, and one of all names where ranks have different tensors.
+        One all-gather of all names where ranks have different tensors.
+
+        Args:
+            digests: Every rank's `digest`.
 
         Raises:
             ConfigError: Ranks have a tensor of one name with different shapes or dtypes.
         """
         doing = "comparing the ranks' tensors"
-        mine = [
-            GlobalTensor(t.fqn, t.named.aliases, t.global_shape, t.dtype, is_buffer, t.is_held)
-            for t in self.tensors
-            for is_buffer in [t.named.is_buffer]
-        ]
-        digest = xxhash.xxh3_64_intdigest(repr(mine).encode())
-        self.has_stages = len(set(self._comm.gather(digest, doing))) > 1
+        mine = self._own_catalogue()
+        self.has_stages = len(set(digests)) > 1
         if not self.has_stages:
             self.catalogue = mine
             return
@@ -207,7 +217,7 @@ class ModelShards:
         for rank, theirs in zip(self._comm.ranks, self._comm.gather(mine, doing), strict=True):
             for tensor in theirs:
                 first, known = merged.setdefault(tensor.fqn, (rank, tensor))
-                if replace(known, aliases=()) != replace(tensor, aliases=()):
+                if known._replace(aliases=()) != tensor._replace(aliases=()):
                     raise ConfigError(
                         f"{tensor.fqn} is not the same on all ranks: on rank {first} {known}, on "
                         f"rank {rank} {tensor}. Build the model, and freeze its parameters, alike"
@@ -338,6 +348,8 @@ class ModelShards:
         wrapped.guard_graphs()
         self._wrapped = wrapped
         thawed = {name for name in self._frozen if thaw and now[name].tensor.requires_grad}
+        if self.is_unchanged and all(stays(old, now[old.fqn]) for old in self.tensors):
+            return False
         tensors = []
         has_changed = bool(thawed)
         for old in self.tensors:

@@ -38,20 +38,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor import Shard as ShardPlacement
-from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 from distavg.errors import ConfigError, StateError, UnsupportedError
-from distavg.layout import Box, nested_extent, range_boxes
+from distavg.layout import Box, range_boxes
 from distavg.names import Flattened, NamedTensor, named_tensors
+from distavg.placements import MeshPlace, placed_box
 from distavg.tensors import Anchor, LiveTensor, Shard
 
-__all__ = ["Face", "Model", "Wrapped", "class_name", "is_sharded", "ranks_of"]
+__all__ = ["Face", "Model", "Wrapped", "class_name", "is_sharded", "ranks_of", "stays"]
 
 Model = nn.Module | Mapping[str, nn.Module]
 
@@ -77,6 +77,7 @@ class Wrapped:
         self._groups = [
             group for m in self.modules if isinstance(m, FSDPModule) for group in _groups_of(m)
         ]
+        self._meshes: dict[DeviceMesh, MeshPlace] = {}
         self._handles = [
             m._handle
             for m in self.modules
@@ -240,23 +241,30 @@ class Wrapped:
         )
 
     def _sharded(self, named: NamedTensor, tensor: DTensor, ranks: Sequence[int]) -> LiveTensor:
-        mesh, placements, shape = tensor.device_mesh, tensor.placements, tuple(tensor.shape)
-        mesh_ranks = mesh.mesh.flatten().tolist()
-        if not set(mesh_ranks) <= set(ranks):
+        mesh = self._meshes.get(tensor.device_mesh)
+        if mesh is None:  # looked at once: it costs more than all that follows
+            mesh = self._meshes[tensor.device_mesh] = MeshPlace.of(tensor.device_mesh)
+        placements, shape = tensor.placements, tuple(tensor.shape)
+        if not mesh.members <= set(ranks):
             raise ConfigError(
-                f"{named.fqn} is sharded over the ranks {mesh_ranks}, of which the Averager has "
-                f"only {list(ranks)}: pass process_group= a group of all ranks of the model"
+                f"{named.fqn} is sharded over the ranks {list(mesh.ranks)}, of which the Averager "
+                f"has only {list(ranks)}: pass process_group= a group of all ranks of the model"
             )
-        groups = tuple(mesh.get_group(axis) for axis in range(mesh.ndim))
-        place = mesh.get_coordinate()
-        if place is not None and list(place) != [dist.get_rank(group) for group in groups]:
+        if not mesh.is_ascending:
             raise UnsupportedError(
-                f"{named.fqn} is on a mesh of the ranks {mesh_ranks}, which are not in ascending "
-                "order: fully_shard and full_tensor() would order its shards differently. Build "
-                "the mesh in ascending order"
+                f"{named.fqn} is on a mesh of the ranks {list(mesh.ranks)}, which are not in "
+                "ascending order: fully_shard and full_tensor() would order its shards "
+                "differently. Build the mesh in ascending order"
             )
         local = local_tensor(tensor)
-        box = _placed_box(named.fqn, tensor, local)
+        box = placed_box(placements, mesh, shape, tuple(local.shape))
+        if box is None:
+            raise UnsupportedError(
+                f"{named.fqn} of shape {shape} has placements {placements} on a mesh of shape "
+                f"{mesh.shape} and a local shard of shape {tuple(local.shape)}: these are not the "
+                "contiguous pieces that Shard, _StridedShard (FSDP2 over tensor parallelism) and "
+                "Replicate give"
+            )
         gathered = self._gathered.get((named.owner, named.key))
         if gathered is None:
             table = named.owner._buffers if named.is_buffer else named.owner._parameters
@@ -270,16 +278,16 @@ class Wrapped:
             (Shard(named.fqn, box, shape, local),) if box.numel or 0 in shape else (),
             shape,
             tensor.dtype,
-            (shape, placements, tuple(mesh.shape), tuple(mesh_ranks)),
+            (shape, placements, mesh.shape, mesh.ranks),
             not named.is_buffer,
             frozenset().union(
                 *(
-                    ranks_of(g)
-                    for g, p in zip(groups, placements, strict=True)
-                    if type(p) is Replicate and not named.is_buffer
+                    ranks_of(group)
+                    for group, placement in zip(mesh.groups, placements, strict=True)
+                    if type(placement) is Replicate and not named.is_buffer
                 )
             ),
-            groups,
+            mesh.groups,
             anchor,
         )
 
@@ -344,59 +352,28 @@ def ranks_of(group: dist.ProcessGroup) -> list[int]:
     return dist.get_process_group_ranks(group)
 
 
-def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's storage of a tensor, plain and detached."""
-    return (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).detach()
+def stays(old: LiveTensor, named: NamedTensor) -> bool:
+    """Whether a tensor lies where and as it did, so that `Wrapped.locate` would find the same.
 
-
-def _placed_box(fqn: str, tensor: DTensor, local: Tensor) -> Box:
-    """The box of a DTensor that lies on this rank."""
-    mesh, placements, shape = tensor.device_mesh, tensor.placements, tuple(tensor.shape)
-    place = mesh.get_coordinate()
-    cuts: list[list[tuple[int, int]]] | None = None
-    if place is not None:
-        cuts = _cuts(placements, tuple(mesh.shape), place, len(shape))
-    if cuts is not None:
-        extents = [nested_extent(n, dim_cuts) for n, dim_cuts in zip(shape, cuts, strict=True)]
-        box = Box(tuple(offset for offset, _ in extents), tuple(size for _, size in extents))
-        if box.sizes == tuple(local.shape) or not (box.numel or local.numel()):
-            return box
-    raise UnsupportedError(
-        f"{fqn} of shape {shape} has placements {placements} on a mesh of shape "
-        f"{tuple(mesh.shape)} and a local shard of shape {tuple(local.shape)}: these are not the "
-        "contiguous pieces that Shard, _StridedShard (FSDP2 over tensor parallelism) and Replicate "
-        "give"
+    It costs a tenth of that. FSDP1's tensors are always looked up anew.
+    """
+    before, tensor = old.named, named.tensor
+    if before.flattened is not None or tensor is not before.tensor or not old.parts:
+        return False
+    found = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    kept = old.parts[0].tensor
+    return (
+        found.data_ptr() == kept.data_ptr()
+        and found.shape == kept.shape
+        and found.stride() == kept.stride()
+        and found.dtype == kept.dtype
+        and (named.owner, named.key, named.aliases) == (before.owner, before.key, before.aliases)
     )
 
 
-def _cuts(
-    placements: Sequence[Placement],
-    mesh_shape: Sequence[int],
-    place: Sequence[int],
-    num_dims: int,
-) -> list[list[tuple[int, int]]] | None:
-    """For each tensor dim its cuts, the outermost first; None for placements that cut otherwise.
-
-    Shards of one dim are nested from the left of the mesh to the right, but a `_StridedShard` lies
-    within the shards to its right that make up its `split_factor`.
-    """
-    cuts: list[list[tuple[int, int]]] = [[] for _ in range(num_dims)]
-    waiting: list[list[tuple[int, tuple[int, int]]]] = [[] for _ in range(num_dims)]
-    for placement, parts, index in zip(placements, mesh_shape, place, strict=True):
-        if isinstance(placement, _StridedShard):
-            dim = placement.dim
-            waiting[dim].append((int(placement.split_factor), (parts, index)))
-        elif type(placement) is ShardPlacement:
-            dim = placement.dim
-            cuts[dim].append((parts, index))
-            within = parts
-            while waiting[dim] and waiting[dim][-1][0] == within:
-                _, cut = waiting[dim].pop()
-                cuts[dim].append(cut)
-                within *= cut[0]
-        elif type(placement) is not Replicate:
-            return None
-    return None if any(waiting) else cuts
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's storage of a tensor, plain and detached."""
+    return (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _flattened(named: NamedTensor, place: Flattened, group: dist.ProcessGroup) -> LiveTensor:

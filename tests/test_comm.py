@@ -27,6 +27,9 @@ def test_one_process_communicates_nothing() -> None:
     assert alone.gather_to_first("a", "x") == ["a"]
     assert alone.broadcast("a", "x") == "a"
     assert alone.announce(2, "x") == {}
+    with alone.together("x") as vote:
+        vote.answer = "a"
+    assert vote.answers == ["a"]
     with pytest.raises(ZeroDivisionError), alone.together("x"):
         _ = 1 / 0
 
@@ -50,6 +53,23 @@ def test_collectives_carry_every_ranks_value() -> None:
     for rank, found in enumerate(run_ranks(values_of_collectives, 3)):
         to_first = everything if rank == 0 else None
         assert found == (everything, to_first, everything[0], [0.0] * 3, {})
+
+
+def values_of_sizes() -> list[bool]:
+    """Whether values whose pickles do and do not fit in one record all arrive."""
+    ranks = Comm()
+    arrived = []
+    for size in (0, 400, 470, 480, 485, 490, 495, 500, 505, 510, 600, 100_000):
+        expected = [b"x" * (size if rank else 3) for rank in range(ranks.size)]
+        arrived.append(ranks.gather(expected[ranks.rank], "x") == expected)
+        with ranks.together("x") as vote:
+            vote.answer = expected[ranks.rank]
+        arrived.append(vote.answers == expected)
+    return arrived
+
+
+def test_values_of_any_size_arrive() -> None:
+    assert run_ranks(values_of_sizes, 2) == [[True] * 24] * 2
 
 
 TENSORS: list[Callable[[], Tensor]] = [

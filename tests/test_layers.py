@@ -25,6 +25,7 @@ LEVELS = (
     "comm",
     "replicas",
     "tensors",
+    "placements",
     "wrappers",
     "shards",
     "average",
@@ -65,7 +66,7 @@ FORBIDDEN_IMPORTS = {
 }
 
 # Names, attributes and strings that only some modules may know.
-WRAPPERS = frozenset({"wrappers", "names"})
+WRAPPERS = frozenset({"wrappers", "placements", "names"})
 DTENSOR_USERS = WRAPPERS | {"state"}  # DCP takes DTensors, and nothing else that is sharded
 KNOWN_TO = {
     "DistributedDataParallel": WRAPPERS,

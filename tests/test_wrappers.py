@@ -51,7 +51,7 @@ from torch.nn.parallel import DistributedDataParallel
 from distavg import Averager, UnsupportedError
 from distavg.comm import Comm
 from distavg.shards import ModelShards
-from distavg.wrappers import Wrapped, _cuts
+from distavg.wrappers import Wrapped, stays
 
 
 def in_fsdp2(model: TokenModel, **options: Any) -> nn.Module:
@@ -418,17 +418,42 @@ def test_sums_that_are_not_added_up_are_refused() -> None:
         assert "these are not the contiguous pieces" in text
 
 
-def test_a_strided_shard_lies_within_those_to_its_right() -> None:
-    plain, by_2, by_4 = (
-        ShardPlacement(0),
-        _StridedShard(0, split_factor=2),
-        _StridedShard(0, split_factor=4),
-    )
-    place = (1, 0, 1)
-    nested = [[(2, 1), (2, 0), (2, 1)]]  # plain, by_2 within it, by_4 within both
-    assert _cuts([by_4, by_2, plain], (2, 2, 2), place, 1) == nested
-    assert _cuts([by_4, plain, plain], (2, 2, 2), place, 1) is None  # within 2 first, not 4
-    assert _cuts([plain, by_2], (2, 1), (1, 0), 1) is None  # within nothing
+def replaced_on_its_storage(module: nn.Linear) -> None:
+    module.weight = nn.Parameter(module.weight.detach())
+
+
+def tied(module: nn.Linear) -> None:
+    module.other = module.weight
+
+
+def set_data(change: Callable[[Tensor], Tensor]) -> Callable[[nn.Linear], None]:
+    def apply(module: nn.Linear) -> None:
+        module.weight.data = change(module.weight.data)
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        replaced_on_its_storage,
+        tied,
+        set_data(Tensor.t),
+        set_data(Tensor.clone),
+        set_data(lambda data: data[:2]),
+        set_data(lambda data: data.view(torch.float16)),
+    ],
+)
+def test_what_is_not_quite_the_same_does_not_stay(change: Callable[[nn.Linear], None]) -> None:
+    module = nn.Linear(4, 4, bias=False, dtype=torch.bfloat16)
+    (named,) = Wrapped(module).named_tensors()
+    old = Wrapped(module).locate(named)
+    set_weights(module, {"weight": torch.ones(4, 4)})
+    (now,) = Wrapped(module).named_tensors()
+    assert stays(old, now)
+    change(module)
+    (now,) = Wrapped(module).named_tensors()
+    assert not stays(old, now)
 
 
 def stored_by_columns(flat: bool) -> list[str]:
