@@ -473,7 +473,7 @@ class Averager:
         doing = f"loading {path}"
         self._meet(doing, lambda: self._check_load(path))
         with ExitStack() as stack:
-            with self._comm.together(doing):
+            with self._comm.together(doing) as vote:
                 manifest = stack.enter_context(reading(Path(str(path))))
                 plan = plan_load(
                     Path(str(path)),
@@ -487,13 +487,15 @@ class Averager:
                     need_extra=also is not None,
                 )
                 schedules = {n: Schedule(n, rule, self._clock) for n, rule in plan.rules.items()}
-            if len(set(self._comm.gather(manifest.save_id, doing))) > 1:
+                vote.answer = manifest.save_id
+            if len(set(vote.answers)) > 1:
                 raise CheckpointMismatch(
                     f"{path} is not the same checkpoint on all ranks: load from a file system "
                     "that they share"
                 )
-            with self._comm.together(doing):
-                plan.check_ties(averages, verify=verify)
+            if plan.has_ties:
+                with self._comm.together(doing):
+                    plan.check_ties(averages, verify=verify)
             if also is not None:
                 with self._comm.together(doing):
                     call_also(self._hooks.paused(also), plan.path / str(manifest.extra_folder))

@@ -9,13 +9,12 @@ import bisect
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 __all__ = ["Box", "chunk_extent", "cover_fault", "divide", "nested_extent", "range_boxes"]
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Box:
+class Box(NamedTuple):
     """A rectangle of a global tensor: where it begins and how long it is in each tensor dim.
 
     >>> Box((0, 2), (3, 2)).intersect(Box((1, 0), (5, 3)))
@@ -24,10 +23,6 @@ class Box:
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        if len(self.offsets) != len(self.sizes) or min((*self.offsets, *self.sizes, 0)) < 0:
-            raise ValueError(f"not a box: offsets {self.offsets}, sizes {self.sizes}")
 
     @classmethod
     def whole(cls, shape: Sequence[int]) -> "Box":
@@ -46,15 +41,19 @@ class Box:
 
     def intersect(self, other: "Box") -> "Box | None":
         """The part that two boxes of one tensor share; None if that holds no element."""
-        offsets = tuple(map(max, self.offsets, other.offsets))
-        sizes = tuple(min(a, b) - o for a, b, o in zip(self.ends, other.ends, offsets, strict=True))
-        return Box(offsets, sizes) if all(s > 0 for s in sizes) else None
+        offsets, sizes = [], []
+        for a, m, b, n in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True):
+            offset, end = max(a, b), min(a + m, b + n)
+            if offset >= end:
+                return None
+            offsets.append(offset)
+            sizes.append(end - offset)
+        return Box(tuple(offsets), tuple(sizes))
 
     def contains(self, other: "Box") -> bool:
         """Whether `other` lies within this box."""
-        return all(a <= b for a, b in zip(self.offsets, other.offsets, strict=True)) and all(
-            a >= b for a, b in zip(self.ends, other.ends, strict=True)
-        )
+        pairs = zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
+        return all(a <= b and b + n <= a + m for a, m, b, n in pairs)
 
     def relative_to(self, origin: "Box") -> "Box":
         """The same rectangle in the coordinates of the box `origin` that contains it."""
@@ -174,14 +173,17 @@ def cover_fault(shape: Sequence[int], boxes: Iterable[Box]) -> str | None:
     '2 of 8 elements are in no box'
     """
     whole, boxes = Box.whole(shape), [box for box in boxes if box.numel]
+    if _are_stacked(shape, boxes):
+        return None
     for box in boxes:
         if len(box.sizes) != len(shape) or not whole.contains(box):
             return f"the box at {box.offsets} of sizes {box.sizes} is outside the tensor"
-    if shape and boxes:
+    if shape and len(boxes) > 1:
         dim = max(range(len(shape)), key=lambda d: len({box.offsets[d] for box in boxes}))
         active: list[Box] = []
         for box in sorted(boxes, key=lambda box: box.offsets[dim]):
-            active = [other for other in active if other.ends[dim] > box.offsets[dim]]
+            start = box.offsets[dim]
+            active = [each for each in active if each.offsets[dim] + each.sizes[dim] > start]
             for other in active:
                 if common := box.intersect(other):
                     return f"two boxes overlap at {common.offsets} in sizes {common.sizes}"
@@ -190,3 +192,16 @@ def cover_fault(shape: Sequence[int], boxes: Iterable[Box]) -> str | None:
         return "two boxes overlap"
     missing = whole.numel - sum(box.numel for box in boxes)
     return f"{missing} of {whole.numel} elements are in no box" if missing else None
+
+
+def _are_stacked(shape: Sequence[int], boxes: Iterable[Box]) -> bool:
+    """Whether boxes follow one another along the first dim and are whole in the others.
+
+    Most layouts are so, and a large job's checkpoint has very many boxes to look at.
+    """
+    end, rest = 0, tuple(shape[1:])
+    for offsets, sizes in sorted(boxes):
+        if offsets[:1] != (end,) or any(offsets[1:]) or sizes[1:] != rest:
+            return False
+        end += sizes[0]
+    return (end, *rest) == tuple(shape)

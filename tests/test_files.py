@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from distavg.checkpoint import files
 from distavg.checkpoint.files import (
     BUFFER_BYTES,
     ShardReader,
-    fill,
+    Target,
     group_boxes,
     write_shards,
 )
@@ -87,7 +88,7 @@ def read(root: Path, file: SavedFile, dtypes: dict[str, torch.dtype]) -> dict[st
             for is_flat in (False, True):
                 found[box.fqn].zero_()
                 for each in plan_reads(box.box, box.box, item_bytes, BUFFER_BYTES, is_flat=is_flat):
-                    fill(reader, box, each, dtypes[box.fqn], found[box.fqn], buffer)
+                    Target(found[box.fqn], dtypes[box.fqn]).fill(reader, box, each, buffer)
     return found
 
 
@@ -196,15 +197,48 @@ def test_no_file_is_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / file.name).read_bytes() == before
 
 
-def test_a_disk_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The flush runs in a thread, and what it meets is raised all the same."""
-
-    def fail(path: Path) -> None:
+@pytest.mark.parametrize(("owner", "call"), [(os, "fsync"), (files, "_write_all")])
+def test_a_disk_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: object, call: str
+) -> None:
+    def fail(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "fsync_path", fail)
+    monkeypatch.setattr(owner, call, fail)
     with pytest.raises(CheckpointError, match=r"shard-00001.* cannot be written: .*No space left"):
         write(tmp_path, [whole("a", torch.ones(1))])
+
+
+def test_the_disk_begins_while_a_file_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every byte is spoken of once, in order, but for the last few; failing to is no failure."""
+    advised = []
+
+    def advise(descriptor: int, begin: int, nbytes: int, advice: int) -> None:
+        advised.append((begin, begin + nbytes, advice))
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    monkeypatch.setattr(files, "_FLOW_BYTES", 2 * BLOCK_BYTES)
+    big = torch.zeros(9 * BLOCK_BYTES, dtype=torch.uint8)
+    (file,) = write(tmp_path, [whole("big", big), whole("small", torch.ones(3))])
+    begins, ends, advices = zip(*advised, strict=True)
+    assert set(advices) == {os.POSIX_FADV_DONTNEED}
+    assert begins == (0, *ends[:-1])
+    assert 8 * BLOCK_BYTES <= ends[-1] <= file.nbytes
+    monkeypatch.delattr(os, "posix_fadvise")  # as on systems that do not have it
+    write(tmp_path, [whole("big", big)], rank=1)
+
+
+def test_short_writes_are_carried_on() -> None:
+    class Short(io.BytesIO):
+        def write(self, view: memoryview) -> int:
+            return super().write(view[:3])
+
+    file = Short()
+    files._write_all(file, memoryview(bytes(range(10))))
+    assert file.getvalue() == bytes(range(10))
 
 
 def test_files_are_flushed_before_they_count(
@@ -279,7 +313,7 @@ def test_a_file_that_is_torn_while_it_is_read(tmp_path: Path) -> None:
     with ShardReader(tmp_path, file, SAVE_ID) as reader:
         os.truncate(tmp_path / file.name, box.begin + 10)
         buffer = torch.empty(BUFFER_BYTES, dtype=torch.uint8)
-        text = message_of(lambda: reader.read(box, first, buffer))
+        text = message_of(lambda: reader.read(box, first, buffer.numpy().data))
     assert text == f"{file.name} is torn: it ended while it was read"
 
 

@@ -33,6 +33,7 @@ LEVELS = (
     "gather",
     "batchnorm",
     "checkpoint.manifest",
+    "checkpoint.header",
     "checkpoint.plan",
     "checkpoint.files",
     "checkpoint.folders",

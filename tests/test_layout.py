@@ -84,14 +84,6 @@ def test_numel_and_ends(case: tuple[Shape, Box, Box]) -> None:
     assert Box.whole(shape).contains(box)
 
 
-@pytest.mark.parametrize(
-    ("offsets", "sizes"), [((0,), ()), ((), (1,)), ((-1,), (1,)), ((0,), (-1,))]
-)
-def test_what_is_not_a_box(offsets: Shape, sizes: Shape) -> None:
-    with pytest.raises(ValueError, match="not a box"):
-        Box(offsets, sizes)
-
-
 # --------------------------------------------------------------------------------- chunk_extent
 
 

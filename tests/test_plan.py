@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from unittest.mock import patch
 
 import numpy as np
@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distavg.checkpoint import plan
-from distavg.checkpoint.plan import Copy, Read, plan_reads
+from distavg.checkpoint.plan import Copy, Read, Straight, plan_reads
 from distavg.layout import Box, chunk_extent, cover_fault, divide, range_boxes
 
 Shape = tuple[int, ...]
@@ -78,15 +78,30 @@ def carry_out(data: np.ndarray, reads: list[Read], target: np.ndarray, times: np
         assert read.begin % data.itemsize == read.nbytes % data.itemsize == 0
         buffer = data.view(np.uint8)[read.begin : read.begin + read.nbytes].view(data.dtype)
         assert buffer.nbytes == read.nbytes > 0
-        if read.direct is not None:
+        if read.straight is not None:
             assert not read.copies
-            place = slice(read.direct, read.direct + buffer.size)
-            target.reshape(-1)[place] = buffer
-            times.reshape(-1)[place] += 1
+            for part in straight_parts(read, data, target.reshape(-1)):
+                times.reshape(-1)[part] += 1
         for copy in read.copies:
             array = buffer[copy.start : copy.start + math.prod(copy.sizes)].reshape(copy.sizes)
             target[copy.target.slices()] = array[copy.source.slices()]
             times[copy.target.slices()] += 1
+
+
+def straight_parts(read: Read, data: np.ndarray, target: np.ndarray) -> Iterator[slice]:
+    """The same by small reads of whole blocks, and by one of exactly what is wanted."""
+    parts = list(read.split(2 * plan.BLOCK_BYTES, data.itemsize))
+    check_blocks([part for part, _ in parts], data.nbytes, plan.BLOCK_BYTES, 2 * plan.BLOCK_BYTES)
+    assert sum(part.nbytes for part, _ in parts) == read.nbytes
+    for part, (skip, numel, place) in parts:
+        items = data[part.begin // data.itemsize :][: part.nbytes // data.itemsize]
+        target[place : place + numel] = items[skip : skip + numel]
+        yield slice(place, place + numel)
+    exact = read.narrowed(data.itemsize)
+    skip, numel, place = exact.straight
+    assert (skip, numel * data.itemsize) == (0, exact.nbytes)
+    found = data[exact.begin // data.itemsize :][:numel]
+    np.testing.assert_array_equal(target[place : place + numel], found)
 
 
 def check_blocks(reads: list[Read], total_bytes: int, block_bytes: int, buffer_bytes: int) -> None:
@@ -96,9 +111,8 @@ def check_blocks(reads: list[Read], total_bytes: int, block_bytes: int, buffer_b
         assert read.begin == read.first_block * block_bytes
         assert read.nbytes % block_bytes == 0 or read.begin + read.nbytes == total_bytes
         assert read.begin + read.nbytes <= total_bytes
-        assert read.nbytes <= buffer_bytes
+        assert read.nbytes <= buffer_bytes or read.straight is not None
         assert read.begin >= end
-        assert read.copies or read.direct is not None
         end = read.begin + read.nbytes
 
 
@@ -127,6 +141,7 @@ def test_every_layout_into_every_layout(
                 data = np.ascontiguousarray(whole[saved.slices()]).reshape(-1)
                 reads = plan_reads(saved, wanted, item_bytes, blocks * block_bytes, is_flat=is_flat)
                 check_blocks(reads, data.nbytes, block_bytes, blocks * block_bytes)
+                assert all(read.copies or read.straight for read in reads)
                 carry_out(data, reads, target, times)
             np.testing.assert_array_equal(target, whole[wanted.slices()])
             assert (times == 1).all()
@@ -137,15 +152,19 @@ def test_what_lies_in_one_piece_is_read_straight_to_its_place() -> None:
     with patch.object(plan, "BLOCK_BYTES", 16):
         saved, wanted = Box((3, 0), (6, 4)), Box((2, 0), (8, 4))
         reads = plan_reads(saved, wanted, 4, 64, is_flat=True)
-        assert reads == [Read(0, 0, 64, (), 4), Read(4, 64, 32, (), 20)]
-        # Columns do not lie so; nor do blocks of which a part is not wanted.
+        assert reads == [Read(0, 0, 96, (), Straight(0, 24, 4))]  # however small the buffer
+        assert list(reads[0].split(64, 4)) == [
+            (Read(0, 0, 64, ()), Straight(0, 16, 4)),
+            (Read(4, 64, 32, ()), Straight(0, 8, 20)),
+        ]
+        # Columns do not lie so.
         for box in (Box((3, 1), (6, 3)), Box((3, 0), (6, 2))):
-            assert all(r.direct is None for r in plan_reads(saved, box, 4, 64, is_flat=True))
-        reads = plan_reads(Box((0,), (14,)), Box((3,), (8,)), 4, 64, is_flat=True)
-        assert [(read.first_block, read.nbytes, read.direct) for read in reads] == [
-            (0, 16, None),
-            (1, 16, 1),
-            (2, 16, None),
+            assert all(r.straight is None for r in plan_reads(saved, box, 4, 64, is_flat=True))
+        # Blocks of which a part is wanted are apart.
+        assert plan_reads(Box((0,), (14,)), Box((3,), (8,)), 4, 64, is_flat=True) == [
+            Read(0, 0, 16, (), Straight(3, 1, 0)),
+            Read(1, 16, 16, (), Straight(0, 4, 1)),
+            Read(2, 32, 16, (), Straight(0, 3, 5)),
         ]
 
 

@@ -320,8 +320,8 @@ SAVE = "distavg.checkpoint.save"
 FAULTS: list[tuple[str, int, Exception]] = [
     (f"{SAVE}.write_shards", 1, NO_SPACE),
     (f"{SAVE}.write_shards", 0, NO_SPACE),
-    ("distavg.checkpoint.files.fsync_path", 1, NO_SPACE),
-    ("distavg.checkpoint.files._block_checksums", 1, ValueError("a bug")),
+    ("distavg.checkpoint.files._write_all", 1, NO_SPACE),
+    ("distavg.checkpoint.files._digests", 1, ValueError("a bug")),
     (f"{SAVE}.fsync_path", 0, NO_SPACE),
     (f"{SAVE}.fsync_path", 1, NO_SPACE),
     (f"{SAVE}.write_note_on_rank", 1, ValueError("the optimizer's state is odd")),

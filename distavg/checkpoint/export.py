@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from distavg.average import Average
-from distavg.checkpoint.files import fsync_path, fsync_tree
+from distavg.checkpoint.files import PIECE_BYTES, fsync_path, fsync_tree, start_flush
 from distavg.checkpoint.folders import EXPORT_SUFFIX, check_unmarked, take_marker
+from distavg.checkpoint.header import check_dtypes, encode_header
 from distavg.checkpoint.manifest import SavedTensor
 from distavg.comm import Comm
-from distavg.errors import CheckpointError, CheckpointExists, ConfigError, UnsupportedError
+from distavg.errors import CheckpointError, CheckpointExists, ConfigError
 from distavg.foreach import as_bytes
 from distavg.layout import Box
 from distavg.names import unwrapped
@@ -42,25 +43,8 @@ __all__ = [
 ]
 
 _OPEN_FILES = 32
+_FLOW_BYTES = 2**20  # what is worth a word to the disk
 INDEX_NAME = "model.safetensors.index.json"
-_TYPES = {
-    "float64": "F64",
-    "float32": "F32",
-    "bfloat16": "BF16",
-    "float16": "F16",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint8": "U8",
-    "bool": "BOOL",
-    "complex64": "C64",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "uint16": "U16",
-    "uint32": "U32",
-    "uint64": "U64",
-}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SHORT = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _FLOATS = set(_SHORT.values())
@@ -133,9 +117,12 @@ class ExportWriter:
             self._write_all(self._descriptor(name), view, begin + start * tensor.item_bytes)
 
     def _write_all(self, descriptor: int, view: memoryview, offset: int) -> None:
+        begin = offset
         while view:
-            done = os.pwrite(descriptor, view, offset)
+            done = os.pwrite(descriptor, view[:PIECE_BYTES], offset)
             view, offset = view[done:], offset + done
+        if offset - begin >= _FLOW_BYTES:
+            start_flush(descriptor, begin, offset)
 
     def _descriptor(self, name: str) -> int:
         if name not in self._open:
@@ -255,9 +242,7 @@ def plan_export(
     Raises:
         UnsupportedError: A dtype that safetensors files do not have.
     """
-    for tensor in tensors.values():
-        if tensor.dtype not in _TYPES:
-            raise UnsupportedError(f"{tensor.fqn}: safetensors files cannot hold {tensor.dtype}")
+    check_dtypes(tensors.values())
     wanted = None if dtype is None else str(dtype).removeprefix("torch.")
     converted = {
         fqn: replace(tensor, dtype=wanted) if wanted and tensor.dtype in _FLOATS else tensor
@@ -271,27 +256,17 @@ def plan_export(
             filled = 0
         groups[-1].append(tensor)
         filled += tensor.nbytes
-    headers, places, sizes = {}, {}, {}
+    headers, sizes = {}, {}
+    places: dict[str, tuple[str, int]] = {}
     for number, group in enumerate(groups, start=1):
         name = "model.safetensors"
         if len(groups) > 1:
             name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        ends = list(itertools.accumulate((tensor.nbytes for tensor in group), initial=0))
         aliases = {alias: tensor.fqn for tensor in group for alias in tensor.aliases}
-        entries = {
-            tensor.fqn: {
-                "dtype": _TYPES[tensor.dtype],
-                "shape": tensor.shape,
-                "data_offsets": [begin, end],
-            }
-            for tensor, (begin, end) in zip(group, itertools.pairwise(ends), strict=True)
-        }
-        text = json.dumps({"__metadata__": {"format": "pt", **aliases}, **entries}).encode()
-        text += b" " * (-len(text) % 8)
-        headers[name] = len(text).to_bytes(8, "little") + text
-        sizes[name] = len(headers[name]) + ends[-1]
-        for tensor, begin in zip(group, ends, strict=False):
-            places[tensor.fqn] = (name, len(headers[name]) + begin)
+        arrays = {tensor.fqn: tensor for tensor in group}
+        headers[name], begins = encode_header(arrays, {"format": "pt", **aliases})
+        sizes[name] = len(headers[name]) + sum(tensor.nbytes for tensor in group)
+        places |= {fqn: (name, begin) for fqn, begin in begins.items()}
     return ExportFiles(converted, headers, places, sizes)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from distavg.average import Average
-from distavg.checkpoint.files import BUFFER_BYTES, ShardReader, fill
+from distavg.checkpoint.files import BUFFER_BYTES, ShardReader, Target
 from distavg.checkpoint.manifest import Manifest, SavedAverage, SavedBox, SavedFile
 from distavg.checkpoint.plan import Read, plan_reads
 from distavg.errors import CheckpointCorrupt, CheckpointMismatch, ConfigError
@@ -50,6 +50,11 @@ class LoadPlan:
     names: dict[str, dict[str, list[str]]]
     reads: dict[str, "_ByFile"]
 
+    @property
+    def has_ties(self) -> bool:
+        """Whether tensors are tied here that were not when they were saved. Alike on all ranks."""
+        return any(len(each) > 1 for names in self.names.values() for each in names.values())
+
     def check_ties(self, averages: Sequence[Average], *, verify: bool) -> None:
         """Compare what was saved of tensors that are tied here and were not when they were saved.
 
@@ -67,7 +72,7 @@ class LoadPlan:
                 for name in names[shard.fqn]:
                     value = torch.empty(shard.box.sizes, dtype=dtype, device="cpu")
                     wanted = [(name, replace(shard, tensor=value))]
-                    self._fill(average, _by_file(self.sources[average.name], wanted), verify=verify)
+                    self._fill(_by_file(self.sources[average.name], wanted), verify=verify)
                     values.append(as_bytes(value))
                 for name, value in zip(names[shard.fqn], values, strict=True):
                     if not torch.equal(value, values[0]):
@@ -90,17 +95,15 @@ class LoadPlan:
                     (file, [each for each in boxes if each[0].fqn in first])
                     for file, boxes in self.reads[average.name]
                 ]
-                self._fill(average, once, verify=verify)
+                self._fill(once, verify=verify)
 
-    def _fill(self, average: Average, by_file: "_ByFile", *, verify: bool) -> None:
-        source = self.sources[average.name]
+    def _fill(self, by_file: "_ByFile", *, verify: bool) -> None:
         buffer = torch.empty(BUFFER_BYTES, dtype=torch.uint8, device="cpu")
         for file, boxes in by_file:
             with ShardReader(self.path, file, self.manifest.save_id) as reader:
-                for box, shard, reads in boxes:
-                    dtype = getattr(torch, source.tensors[box.fqn].dtype)
+                for box, target, reads in boxes:
                     for read in reads:
-                        fill(reader, box, read, dtype, shard.tensor, buffer, verify=verify)
+                        target.fill(reader, box, read, buffer, verify=verify)
 
 
 def plan_load(
@@ -277,18 +280,20 @@ def _plan_files(
     return by_file
 
 
-_ByFile = list[tuple[SavedFile, list[tuple[SavedBox, Shard, list[Read]]]]]
+_ByFile = list[tuple[SavedFile, list[tuple[SavedBox, Target, list[Read]]]]]
 
 
 def _by_file(source: SavedAverage, shards: Sequence[tuple[str, Shard]]) -> _ByFile:
     """The reads that fill these shards, each from a saved tensor, file by file."""
-    wanted: dict[str, tuple[SavedFile, list[tuple[SavedBox, Shard, list[Read]]]]] = {}
+    wanted: dict[str, tuple[SavedFile, list[tuple[SavedBox, Target, list[Read]]]]] = {}
     places = source.boxes()
     for name, shard in shards:
-        item_bytes = source.tensors[name].item_bytes
+        saved = source.tensors[name]
+        target = Target(shard.tensor, getattr(torch, saved.dtype))
         for file, box in places[name]:
-            is_flat = shard.tensor.is_contiguous()
-            reads = plan_reads(box.box, shard.box, item_bytes, BUFFER_BYTES, is_flat=is_flat)
+            reads = plan_reads(
+                box.box, shard.box, saved.item_bytes, BUFFER_BYTES, is_flat=target.is_flat
+            )
             if reads:
-                wanted.setdefault(file.name, (file, []))[1].append((box, shard, reads))
+                wanted.setdefault(file.name, (file, []))[1].append((box, target, reads))
     return list(wanted.values())

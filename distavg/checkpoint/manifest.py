@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -57,8 +57,7 @@ _HASH_DIGITS = 16
 _YEAR_10000 = 253_402_300_800  # in seconds since the epoch; datetime ends there
 
 
-@dataclass(frozen=True, slots=True)
-class SavedBox:
+class SavedBox(NamedTuple):
     """A box of a tensor in a file.
 
     Attributes:
@@ -96,7 +95,7 @@ class SavedTensor:
     @property
     def item_bytes(self) -> int:
         """Bytes of an element."""
-        return (ITEM_BYTES | _OTHER_ITEM_BYTES)[self.dtype]
+        return ITEM_BYTES.get(self.dtype) or _OTHER_ITEM_BYTES[self.dtype]
 
     @property
     def nbytes(self) -> int:
@@ -297,29 +296,31 @@ def _average_from(data: Mapping[str, Any]) -> SavedAverage:
 
 
 def _file_from(name: str, data: Mapping[str, Any], tensors: Mapping[str, SavedTensor]) -> SavedFile:
-    file = SavedFile(
+    nbytes = _count(data["nbytes"])
+    return SavedFile(
         name=_text(name, _FILE_PATTERN),
-        nbytes=_count(data["nbytes"]),
+        nbytes=nbytes,
         header_checksum=_text(data["header"]),
-        boxes=tuple(
-            SavedBox(
-                _text(fqn),
-                Box(tuple(map(_count, offsets)), tuple(map(_count, sizes))),
-                _count(begin),
-                _text(checksums),
-            )
-            for fqn, offsets, sizes, begin, checksums in data["boxes"]
-        ),
+        boxes=tuple(_box_from(box, tensors, nbytes) for box in data["boxes"]),
     )
-    for box in file.boxes:
-        tensor = tensors[box.fqn]
-        nbytes = box.box.numel * tensor.item_bytes
-        _expect(len(box.box.sizes) == len(tensor.shape), "box", box.box)
-        _expect(Box.whole(tensor.shape).contains(box.box), "box", box.box)
-        _expect(box.begin + nbytes <= file.nbytes, "byte range", (box.begin, nbytes))
-        blocks = -(-nbytes // BLOCK_BYTES)
-        _expect(len(box.checksums) == blocks * _HASH_DIGITS, "checksums", box.checksums[:32])
-    return file
+
+
+def _box_from(data: Any, tensors: Mapping[str, SavedTensor], file_bytes: int) -> SavedBox:
+    fqn, offsets, sizes, begin, checksums = data
+    tensor = tensors[fqn]
+    nbytes = tensor.item_bytes
+    for value in (*offsets, *sizes, begin):
+        if type(value) is not int or value < 0:
+            raise ValueError(f"count: {value!r}")
+    for offset, size, length in zip(offsets, sizes, tensor.shape, strict=True):
+        if offset + size > length:
+            raise ValueError(f"box: {offsets}, {sizes}")
+        nbytes *= size
+    if begin + nbytes > file_bytes:
+        raise ValueError(f"byte range: {(begin, nbytes)!r}")
+    if type(checksums) is not str or len(checksums) != -(-nbytes // BLOCK_BYTES) * _HASH_DIGITS:
+        raise ValueError(f"checksums: {checksums!r:.32}")
+    return SavedBox(tensor.fqn, Box(tuple(offsets), tuple(sizes)), begin, checksums)
 
 
 def _count(value: object) -> int:

@@ -5,9 +5,8 @@ a saved box's blocks only where they hold wanted elements.
 """
 
 import itertools
-import operator
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from distavg.checkpoint.manifest import BLOCK_BYTES
 from distavg.layout import Box, range_boxes
@@ -15,8 +14,7 @@ from distavg.layout import Box, range_boxes
 __all__ = ["Copy", "Read", "plan_reads", "runs"]
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
+class Copy(NamedTuple):
     """A rectangle that goes from a read's buffer to the wanted tensor.
 
     Attributes:
@@ -32,8 +30,21 @@ class Copy:
     target: Box
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
+class Straight(NamedTuple):
+    """A range of a read that lies in one piece in the wanted box, too.
+
+    Attributes:
+        skip: The element of the read at which it begins.
+        numel: Its length.
+        place: Where it goes, as an element of the wanted box in row-major order.
+    """
+
+    skip: int
+    numel: int
+    place: int
+
+
+class Read(NamedTuple):
     """A contiguous run of whole blocks of one saved box (the last block may be short).
 
     Attributes:
@@ -41,59 +52,94 @@ class Read:
         begin: Its first byte within the saved box.
         nbytes: Its length.
         copies: What goes where, by way of a buffer.
-        direct: Where all of it goes in one piece, as an element of the wanted box in row-major
-            order; None if it does not.
+        straight: What goes to one place, of whichever length; None if there are copies.
     """
 
     first_block: int
     begin: int
     nbytes: int
     copies: tuple[Copy, ...]
-    direct: int | None = None
+    straight: Straight | None = None
+
+    def narrowed(self, item_bytes: int) -> "Read":
+        """Only what is wanted of a straight read, whatever the blocks."""
+        if self.straight is None or self.nbytes == self.straight.numel * item_bytes:
+            return self
+        skip, numel, _ = self.straight
+        return self._replace(
+            begin=self.begin + skip * item_bytes,
+            nbytes=numel * item_bytes,
+            straight=self.straight._replace(skip=0),
+        )
+
+    def split(self, nbytes: int, item_bytes: int) -> "Iterator[tuple[Read, Straight]]":
+        """A straight read as reads of at most so many bytes, whole blocks."""
+        if self.straight is None:
+            return
+        skip, numel, place = self.straight
+        for start in range(0, self.nbytes, nbytes):
+            length = min(nbytes, self.nbytes - start)
+            item = start // item_bytes
+            low, high = max(skip, item), min(skip + numel, item + length // item_bytes)
+            first_block = self.first_block + start // BLOCK_BYTES
+            part = Read(first_block, self.begin + start, length, ())
+            yield part, Straight(low - item, high - low, place + low - skip)
 
 
 def plan_reads(
     saved: Box, wanted: Box, item_bytes: int, buffer_bytes: int, *, is_flat: bool = False
 ) -> list[Read]:
-    """The reads that bring what `saved` has of `wanted`, each of at most `buffer_bytes`.
+    """The reads that bring what `saved` has of `wanted`.
 
     Args:
         saved: A box that lies contiguously in a file, in row-major order.
         wanted: A box of the same tensor that is to be filled.
         item_bytes: Bytes of an element.
-        buffer_bytes: A multiple of the block size.
-        is_flat: Whether the wanted box lies contiguously in memory: then whole blocks that do so,
-            too, are read straight into it.
+        buffer_bytes: A multiple of the block size, which no read with copies exceeds.
+        is_flat: Whether the wanted box lies contiguously in memory: then what does so in both
+            boxes is not copied.
     """
     common = saved.intersect(wanted)
     if common is None:
         return []
     local = common.relative_to(saved)
     block = BLOCK_BYTES // item_bytes
-    per_read = buffer_bytes // BLOCK_BYTES
-    straight, shift = range(0), 0
-    extent = _flat_extent(saved.sizes, local) if is_flat else None
+    extent = _flat_extent(saved.sizes, local)
     place = _flat_extent(wanted.sizes, common.relative_to(wanted)) if is_flat else None
     if extent is not None and place is not None:
-        begin, end = extent
-        last = end // block if end < saved.numel else -(-end // block)
-        straight, shift = range(-(-begin // block), last), place[0] - begin
+        return _straight_reads(*extent, place[0], saved.numel, item_bytes)
+    if extent is not None:
+        spans: Iterable[tuple[int, int]] = [(extent[0] // block, -(-extent[1] // block))]
+    else:
+        spans = runs(_wanted_blocks(saved.sizes, local, block))
+    longest = buffer_bytes // BLOCK_BYTES
     reads = []
-    for first, stop in runs(_wanted_blocks(saved.sizes, local, block), per_read):
-        for low, high in _split(first, stop, straight):
-            start, end = low * block, min(high * block, saved.numel)
-            is_direct = low in straight
-            copies = () if is_direct else _copies(saved, wanted, local, start, end)
-            direct = start + shift if is_direct else None
-            nbytes = (end - start) * item_bytes
-            reads.append(Read(low, start * item_bytes, nbytes, copies, direct))
+    for low, high in spans:
+        for first in range(low, high, longest):
+            start = first * block
+            end = min(start + longest * block, high * block, saved.numel)
+            copies = _copies(saved, wanted, local, start, end)
+            reads.append(Read(first, start * item_bytes, (end - start) * item_bytes, copies))
     return reads
 
 
-def _split(first: int, stop: int, middle: range) -> Iterator[tuple[int, int]]:
-    """The run [first, stop) in up to three: before, within and after the middle."""
-    edges = [first, *(edge for edge in (middle.start, middle.stop) if first < edge < stop), stop]
-    return itertools.pairwise(edges) if middle else iter([(first, stop)])
+def _straight_reads(begin: int, end: int, place: int, total: int, item_bytes: int) -> list[Read]:
+    """The same for elements [begin, end) of a saved box of `total`, which lie in one piece.
+
+    Whole blocks are apart from those of which a part is wanted, so that they need no buffer.
+    """
+    block = BLOCK_BYTES // item_bytes
+    first, stop = begin // block, -(-end // block)
+    head, tail = -(-begin // block), stop if end == total else end // block
+    edges = [first, head, tail, stop] if head < tail else [first, stop]
+    reads = []
+    for low, high in itertools.pairwise(edges):
+        if low < high:
+            start, finish = low * block, min(high * block, total)
+            wanted = max(start, begin)
+            straight = Straight(wanted - start, min(finish, end) - wanted, place + wanted - begin)
+            reads.append(Read(low, start * item_bytes, (finish - start) * item_bytes, (), straight))
+    return reads
 
 
 def _copies(saved: Box, wanted: Box, local: Box, low: int, high: int) -> tuple[Copy, ...]:
@@ -110,38 +156,39 @@ def _copies(saved: Box, wanted: Box, local: Box, low: int, high: int) -> tuple[C
 
 def _flat_extent(sizes: Sequence[int], local: Box) -> tuple[int, int] | None:
     """Where a part of an array lies in row-major order, if that is one piece."""
-    first = _flat_index(sizes, local.offsets)
-    last = _flat_index(sizes, [end - 1 for end in local.ends])
-    return (first, last + 1) if last - first + 1 == local.numel else None
+    first, span = _flat_span(sizes, local)
+    return (first, first + span) if span == local.numel else None
+
+
+def _flat_span(sizes: Sequence[int], local: Box) -> tuple[int, int]:
+    """The place of a part's first element in row-major order, and how far it is to its end."""
+    first, reach, stride = 0, 0, 1
+    for dim in range(len(sizes) - 1, -1, -1):
+        first += local.offsets[dim] * stride
+        reach += (local.sizes[dim] - 1) * stride
+        stride *= sizes[dim]
+    return first, reach + 1
 
 
 def _wanted_blocks(sizes: Sequence[int], local: Box, block: int) -> Iterator[int]:
     """The blocks of an array of these sizes that hold an element of the box `local`."""
-    first = _flat_index(sizes, local.offsets)
-    last = _flat_index(sizes, [end - 1 for end in local.ends])
-    is_contiguous = last - first + 1 == local.numel
+    first, span = _flat_span(sizes, local)
     total = Box.whole(sizes).numel
-    for index in range(first // block, last // block + 1):
+    for index in range(first // block, (first + span - 1) // block + 1):
         low, high = index * block, min((index + 1) * block, total)
-        if is_contiguous or any(box.intersect(local) for box in range_boxes(sizes, low, high)):
+        if any(box.intersect(local) for box in range_boxes(sizes, low, high)):
             yield index
 
 
-def runs(blocks: Iterable[int], longest: int | None = None) -> Iterator[tuple[int, int]]:
-    """Group ascending numbers into runs [first, stop) of consecutive ones, up to a length."""
+def runs(blocks: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Group ascending numbers into runs [first, stop) of consecutive ones."""
     first: int | None = None
     stop = 0
     for block in blocks:
-        if first is not None and (block != stop or stop - first == longest):
+        if first is not None and block != stop:
             yield first, stop
             first = None
         first = block if first is None else first
         stop = block + 1
     if first is not None:
         yield first, stop
-
-
-def _flat_index(sizes: Sequence[int], index: Sequence[int]) -> int:
-    strides = itertools.accumulate(reversed(sizes[1:]), operator.mul, initial=1)
-    pairs = zip(reversed(index), strides, strict=bool(index))
-    return sum(i * stride for i, stride in pairs)

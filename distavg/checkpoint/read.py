@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distavg.checkpoint.files import BUFFER_BYTES, ShardReader, fill
+from distavg.checkpoint.files import BUFFER_BYTES, ShardReader, Target
 from distavg.checkpoint.folders import reading
 from distavg.checkpoint.manifest import Manifest, SavedFile
 from distavg.checkpoint.plan import plan_reads
@@ -131,9 +131,10 @@ class AverageReader:
         tensor = self.average.tensors[fqn]
         dtype = getattr(torch, tensor.dtype)
         found = torch.empty(box.sizes, dtype=dtype, device="cpu")
+        target = Target(found, dtype)
         for file, saved in self._places[fqn]:
             for read in plan_reads(saved.box, box, tensor.item_bytes, BUFFER_BYTES, is_flat=True):
-                fill(self._file(file), saved, read, dtype, found, self._buffer)
+                target.fill(self._file(file), saved, read, self._buffer)
         return found
 
     def _file(self, file: SavedFile) -> ShardReader:

@@ -1,6 +1,7 @@
 """Saving: every rank writes its own shards, and one rename commits them all.
 
-1. Rank 0 checks the target, picks the save id and the folders, makes them, tells the others.
+1. Rank 0 checks the target, picks the save id and the folders, makes them. A vote, in which the
+   others learn of them.
 2. `also=` runs on every rank. A vote. From here on a background save goes on in a thread.
 3. Every rank writes and flushes its files. A vote.
 4. Rank 0 gathers what was written, proves that every tensor is covered exactly once, and writes
@@ -23,7 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from torch import Tensor
 
@@ -236,8 +237,8 @@ class _Target:
 class Save:
     """A save under way. Collective to begin and to finish.
 
-    Communicates only small records, over gloo: a broadcast, votes, and a gather to rank 0 of the
-    file records (about 16 bytes for every 256 KiB of data).
+    Communicates only small records, over gloo: votes, and a gather to rank 0 of the file records
+    (about 16 bytes for every 256 KiB of data).
 
     Args:
         request: What to do.
@@ -255,12 +256,11 @@ class Save:
         self._comm = comm
         self._doing = f"saving to {request.path}"
         self._marker: BinaryIO | None = None
-        prepared: _Target | None = None
-        with comm.together(self._doing), _as_checkpoint_error(request.path):
-            if comm.rank == 0:
-                prepared, self._marker = _prepare(request, contents)
         with self._cleaning():
-            self._target = cast(_Target, comm.broadcast(prepared, self._doing))
+            with comm.together(self._doing) as vote, _as_checkpoint_error(request.path):
+                if comm.rank == 0:
+                    vote.answer, self._marker = _prepare(request, contents)
+            self._target: _Target = vote.answers[0]
             if request.also is not None:
                 with comm.together(self._doing), _as_checkpoint_error(request.path):
                     folder = request.path / str(self._target.extra_folder)
@@ -293,7 +293,7 @@ class Save:
             yield
         except BaseException:
             try:
-                if self._comm.rank == 0:
+                if self._marker is not None:  # else the folder is not this save's
                     with suppress(OSError):  # what cannot be removed now, the next save removes
                         clean(self._request.path)
             finally:
