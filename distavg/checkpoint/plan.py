@@ -102,12 +102,12 @@ def plan_reads(
     common = saved.intersect(wanted)
     if common is None:
         return []
-    local = common.relative_to(saved)
     block = BLOCK_BYTES // item_bytes
-    extent = _flat_extent(saved.sizes, local)
-    place = _flat_extent(wanted.sizes, common.relative_to(wanted)) if is_flat else None
+    extent = _flat_extent(saved, common)
+    place = _flat_extent(wanted, common) if is_flat else None
     if extent is not None and place is not None:
         return _straight_reads(*extent, place[0], saved.numel, item_bytes)
+    local = common.relative_to(saved)
     if extent is not None:
         spans: Iterable[tuple[int, int]] = [(extent[0] // block, -(-extent[1] // block))]
     else:
@@ -154,28 +154,28 @@ def _copies(saved: Box, wanted: Box, local: Box, low: int, high: int) -> tuple[C
     return tuple(copies)
 
 
-def _flat_extent(sizes: Sequence[int], local: Box) -> tuple[int, int] | None:
-    """Where a part of an array lies in row-major order, if that is one piece."""
-    first, span = _flat_span(sizes, local)
-    return (first, first + span) if span == local.numel else None
+def _flat_extent(box: Box, part: Box) -> tuple[int, int] | None:
+    """Where a part of a box lies in it in row-major order, if that is one piece."""
+    first, stop = _flat_span(box, part)
+    return (first, stop) if stop - first == part.numel else None
 
 
-def _flat_span(sizes: Sequence[int], local: Box) -> tuple[int, int]:
-    """The place of a part's first element in row-major order, and how far it is to its end."""
+def _flat_span(box: Box, part: Box) -> tuple[int, int]:
+    """Where a part of a box begins in it in row-major order, and where it ends."""
     first, reach, stride = 0, 0, 1
-    for dim in range(len(sizes) - 1, -1, -1):
-        first += local.offsets[dim] * stride
-        reach += (local.sizes[dim] - 1) * stride
-        stride *= sizes[dim]
-    return first, reach + 1
+    for dim in range(len(box.sizes) - 1, -1, -1):
+        first += (part.offsets[dim] - box.offsets[dim]) * stride
+        reach += (part.sizes[dim] - 1) * stride
+        stride *= box.sizes[dim]
+    return first, first + reach + 1
 
 
 def _wanted_blocks(sizes: Sequence[int], local: Box, block: int) -> Iterator[int]:
     """The blocks of an array of these sizes that hold an element of the box `local`."""
-    first, span = _flat_span(sizes, local)
-    total = Box.whole(sizes).numel
-    for index in range(first // block, (first + span - 1) // block + 1):
-        low, high = index * block, min((index + 1) * block, total)
+    whole = Box.whole(sizes)
+    first, stop = _flat_span(whole, local)
+    for index in range(first // block, -(-stop // block)):
+        low, high = index * block, min((index + 1) * block, whole.numel)
         if any(box.intersect(local) for box in range_boxes(sizes, low, high)):
             yield index
 

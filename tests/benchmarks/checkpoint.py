@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +92,24 @@ def rounds(
     return seconds, extra
 
 
-def bytes_of(averager: distavg.Averager) -> list[memoryview]:
-    return [
-        memoryview(shard.tensor.detach().view(-1).view(torch.uint8).numpy())
-        for shard in averager["ema"].shards()
-        if shard.tensor.numel()
-    ]
+def own_tensors(averager: distavg.Averager) -> list[torch.Tensor]:
+    tensors = [shard.tensor.detach() for shard in averager["ema"].shards()]
+    return [tensor for tensor in tensors if tensor.numel()]
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+
+
+def columns_of(tensors: list[torch.Tensor]) -> Iterator[memoryview]:
+    """Memory to read into: a buffer, of which each filling goes to rows of half of the columns."""
+    buffer = torch.empty(2**21)
+    for tensor in tensors:
+        for half in tensor.chunk(2, dim=1) if tensor.dim() == 2 else [tensor]:
+            for rows in half.split(2**21 // half[0].numel()):
+                part = buffer[: rows.numel()].view(rows.shape)
+                yield bytes_of(part)
+                rows.copy_(part)
 
 
 def write_raw(path: Path, views: list[memoryview]) -> None:
@@ -109,11 +121,11 @@ def write_raw(path: Path, views: list[memoryview]) -> None:
     os.close(descriptor)
 
 
-def read_raw(files: list[Path], views: list[memoryview]) -> None:
-    """Fill this rank's memory with its share of the bytes of these files, one after another."""
-    size, rank = sum(map(len, views)), dist.get_rank()
+def read_raw(files: list[Path], size: int, views: Iterator[memoryview]) -> None:
+    """Fill memory of this size with this rank's share of the bytes of these files, in order."""
+    rank = dist.get_rank()
     skipped = sum(path.stat().st_size for path in files) * rank // dist.get_world_size()
-    pending = [view for view in views if view]
+    view = next(views)
     for path in files * 2:  # the last rank may come to an end before its memory is full
         nbytes = path.stat().st_size
         if skipped >= nbytes:
@@ -122,11 +134,9 @@ def read_raw(files: list[Path], views: list[memoryview]) -> None:
         descriptor = os.open(path, os.O_RDONLY)
         os.lseek(descriptor, skipped, os.SEEK_SET)
         skipped = 0
-        while pending and (done := os.readv(descriptor, [pending[0][: 2**23]])):
+        while size and (done := os.readv(descriptor, [view[: 2**23]])):
             size -= done
-            pending[0] = pending[0][done:]
-            if not pending[0]:
-                pending.pop(0)
+            view = view[done:] or next(views, view[:0])
         os.close(descriptor)
     if size:
         raise RuntimeError(f"{size} bytes were not read")
@@ -136,7 +146,7 @@ def measure_saves(root: str, shapes: Shapes, count: int, dim: int, keep: str) ->
     averager = averager_of(shapes, dim)
     rank, folder = dist.get_rank(), Path(root, "saves")
     tensors = averager.state_dict()["averages"]["ema"]["tensors"]
-    views = bytes_of(averager)
+    views = list(map(bytes_of, own_tensors(averager)))
 
     def tidy() -> None:
         if rank == 0:
@@ -180,10 +190,11 @@ def measure_saves(root: str, shapes: Shapes, count: int, dim: int, keep: str) ->
 def measure_loads(root: str, shapes: Shapes, count: int, source: str) -> Any:
     averager = averager_of(shapes)
     tensors = averager.state_dict()["averages"]["ema"]["tensors"]
-    views, path = bytes_of(averager), f"{root}/{source}"
+    own, path = own_tensors(averager), f"{root}/{source}"
+    size = sum(tensor.nbytes for tensor in own)
     files = sorted(Path(path, "ema").glob("*.safetensors"))
     contestants: dict[str, Callable[[], object]] = {
-        "raw reads": lambda: read_raw(files, views),
+        "raw reads": lambda: read_raw(files, size, map(bytes_of, own)),
         "distavg": lambda: averager.load(path),
         "distavg, unverified": lambda: averager.load(path, verify=False),
         "DCP safetensors": lambda: dcp.load(
@@ -191,6 +202,8 @@ def measure_loads(root: str, shapes: Shapes, count: int, source: str) -> Any:
         ),
         "DCP native": lambda: dcp.load(tensors, checkpoint_id=f"{path}-dcp"),
     }
+    if "columns" in source:
+        contestants["raw reads, copied to columns"] = lambda: read_raw(files, size, columns_of(own))
     return rounds(contestants, count, lambda: None)
 
 
