@@ -158,5 +158,5 @@ class Watch:
                     for each in self._lazy
                 )
             )
-        except (KeyError, AttributeError, TypeError):  # not there, or something else is
+        except (KeyError, AttributeError, TypeError, RuntimeError):  # not there, or another kind
             return False

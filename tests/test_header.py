@@ -31,6 +31,19 @@ def test_data_begins_aligned_and_odd_sizes_go_last() -> None:
         assert begins["c"] == begins["a"] + 12
 
 
+def test_every_dtype_is_aligned_as_it_needs() -> None:
+    tensors = {
+        "mask": SavedTensor("mask", (3,), "bool", ()),
+        "half": SavedTensor("half", (5,), "float16", ()),
+        "weight": SavedTensor("weight", (5, 5), "float32", ()),
+        "count": SavedTensor("count", (), "int64", ()),
+        "big": SavedTensor("big", (64,), "bool", ()),
+    }
+    _, begins = encode_header(tensors, {})
+    assert list(begins) == ["big", "count", "weight", "half", "mask"]
+    assert all(begins[name] % tensor.item_bytes == 0 for name, tensor in tensors.items())
+
+
 @pytest.mark.parametrize("dtype", LIBRARY_DTYPES)
 def test_the_library_reads_every_dtype(tmp_path: Path, dtype: str) -> None:
     tensors = arrays({"größe": (2, 3), "nothing": (0, 4), "scalar": ()}, dtype)
@@ -53,6 +66,8 @@ def test_the_library_reads_every_dtype(tmp_path: Path, dtype: str) -> None:
 def test_what_the_format_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnsupportedError, match="a: safetensors files cannot hold complex128"):
         check_dtypes(arrays({"a": (1,)}, "complex128").values())
+    with pytest.raises(UnsupportedError, match="a tensor called __metadata__"):
+        encode_header(arrays({"__metadata__": (1,)}), {})
     monkeypatch.setattr(header_module, "_MAX_HEADER_BYTES", 100)
     with pytest.raises(UnsupportedError, match="at most 100 bytes; that of 9 tensors would have"):
         encode_header(arrays({str(index): (1,) for index in range(9)}), {})

@@ -1,8 +1,8 @@
 """Headers of safetensors files, laid out so that a file's data begins where memory copies are fast.
 
-The format allows spaces after the header. Tensors lie in memory at multiples of 64 bytes; where
-their bytes do so in the file as well, the kernel copies between the two a third faster (measured:
-10.7 GB/s against 7.8 on a processor of 2023).
+The format allows spaces after the header. PyTorch allocates tensors at multiples of 64 bytes; where
+their bytes lie so in the file as well, the kernel copies between the two a third faster (measured:
+10.7 GB/s against 7.8 on an AMD EPYC).
 """
 
 import json
@@ -17,6 +17,7 @@ from distavg.errors import UnsupportedError
 __all__ = ["check_dtypes", "encode_header", "read_header"]
 
 _ALIGNMENT = 64
+_METADATA = "__metadata__"
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _TYPES = {
     "float64": "F64",
@@ -43,16 +44,19 @@ def encode_header(
 ) -> tuple[bytes, dict[str, int]]:
     """The header of a file that holds these arrays, with its length prefix, and where each begins.
 
-    Those whose size is no multiple of 64 bytes go last, so that the others are aligned. The
-    positions are in the file, in ascending order.
+    Those whose size is no multiple of 64 bytes go last, so that the others begin at one, and the
+    widest dtypes first among them, so that each is aligned as its dtype needs. The positions are in
+    the file, in ascending order.
 
     Raises:
-        UnsupportedError: There are too many tensors.
+        UnsupportedError: There are too many tensors, or one has the name of the metadata.
     """
-    entries: dict[str, Any] = {"__metadata__": metadata}
+    if _METADATA in tensors:
+        raise UnsupportedError(f"safetensors files cannot hold a tensor called {_METADATA}")
+    entries: dict[str, Any] = {_METADATA: metadata}
     begins = {}
     end = 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].nbytes % _ALIGNMENT != 0):
+    for name, tensor in sorted(tensors.items(), key=lambda item: _rank(item[1])):
         begins[name], end = end, end + tensor.nbytes
         entries[name] = {
             "dtype": _TYPES[tensor.dtype],
@@ -68,6 +72,10 @@ def encode_header(
         )
     header = struct.pack("<Q", len(text)) + text
     return header, {name: len(header) + begin for name, begin in begins.items()}
+
+
+def _rank(tensor: SavedTensor) -> tuple[bool, int]:
+    return tensor.nbytes % _ALIGNMENT != 0, -tensor.item_bytes
 
 
 def check_dtypes(tensors: Iterable[SavedTensor]) -> None:

@@ -47,6 +47,8 @@ class Straight(NamedTuple):
 class Read(NamedTuple):
     """A contiguous run of whole blocks of one saved box (the last block may be short).
 
+    After `narrowed` it is a run of bytes, which cannot be verified.
+
     Attributes:
         first_block: Its first block within the saved box.
         begin: Its first byte within the saved box.
@@ -97,7 +99,7 @@ def plan_reads(
         item_bytes: Bytes of an element.
         buffer_bytes: A multiple of the block size, which no read with copies exceeds.
         is_flat: Whether the wanted box lies contiguously in memory: then what does so in both
-            boxes is not copied.
+            boxes is read straight to its place, if that is on the host and of one dtype.
     """
     common = saved.intersect(wanted)
     if common is None:

@@ -56,10 +56,11 @@ def verify_checkpoint(
                 faults.append(f"{path}: average {name!r} is not whole: {fault}")
             for file in average.files:
                 reads = [
-                    (box, read)
+                    (box, part)
                     for box in file.boxes
                     for item_bytes in [average.tensors[box.fqn].item_bytes]
-                    for read in plan_reads(box.box, box.box, item_bytes, BUFFER_BYTES)
+                    for read in plan_reads(box.box, box.box, item_bytes, BUFFER_BYTES, is_flat=True)
+                    for part, _ in read.split(BUFFER_BYTES, item_bytes)
                 ]
                 try:
                     with ShardReader(path, file, manifest.save_id) as reader:
