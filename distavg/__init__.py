@@ -1,9 +1,8 @@
 """Running averages of model weights (SWA, EMA), sharded, inside distributed PyTorch training."""
 
-from typing import NoReturn
-
 from distavg.average import Average
 from distavg.averager import Averager
+from distavg.batchnorm import recalibrate_batchnorm
 from distavg.checkpoint.folders import latest
 from distavg.checkpoint.save import SaveHandle
 from distavg.errors import (
@@ -49,12 +48,7 @@ __all__ = [
     "UnsupportedError",
     "Warmup",
     "latest",
+    "recalibrate_batchnorm",
 ]
 
 __version__ = "0.1.0"
-
-
-def __getattr__(name: str) -> NoReturn:
-    if name == "recalibrate_batchnorm":
-        raise UnsupportedError(f"distavg.{name} comes with a later release")
-    raise AttributeError(f"module 'distavg' has no attribute {name!r}")

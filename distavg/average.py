@@ -5,6 +5,7 @@ Updating never communicates. An average before its first update reads as the liv
 
 import functools
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -33,6 +34,9 @@ class Average:
         was_read_early: Whether `applied()` was entered before the first update.
         dtypes: The dtype of every tensor of the average, on whichever rank, by canonical name.
         damaged: Why its values are not what they should be; None as long as they are.
+        statistics: BatchNorm buffers of its own, whole and alike on every rank, by canonical name.
+        statistics_at: How many updates had been made when they were measured; None if never.
+        is_warned_of: Whether it was said that they are older than the average.
 
     Args:
         schedule: The rule under the averager's clock.
@@ -51,6 +55,9 @@ class Average:
         self.is_applied = False
         self.was_read_early = False
         self.damaged: str | None = None
+        self.statistics: dict[str, Tensor] = {}
+        self.statistics_at: int | None = None
+        self.is_warned_of = False
         self._dtype = dtype
         self.dtypes: dict[str, torch.dtype] = {}
         self.live: Sequence[Shard] = ()
@@ -129,6 +136,22 @@ class Average:
             live if self.is_applied and is_exchanged(live.tensor, own.tensor) else own
             for live, own in zip(self.live, self.own_shards(), strict=True)
         ]
+
+    def contents(self, model_shards: ModelShards) -> dict[str, list[Shard]]:
+        """What the model is with this average in place, as far as this rank has it.
+
+        The average's shards, its own statistics, and what it does not hold from the live model.
+        """
+        contents: dict[str, list[Shard]] = {}
+        for shard in self.shards():
+            contents.setdefault(shard.fqn, []).append(shard)
+        for tensor in model_shards.tensors:
+            if not tensor.is_held:
+                value = self.statistics.get(tensor.fqn)
+                contents[tensor.fqn] = [
+                    part if value is None else replace(part, tensor=value) for part in tensor.parts
+                ]
+        return contents
 
     def settle(self) -> None:
         """Before the first update, make the memory read as the live weights."""

@@ -5,11 +5,11 @@ import os
 import re
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from distavg.average import Average, Updates
+from distavg.batchnorm import Forward, keep_statistics, measure_batchnorm
 from distavg.checkpoint.export import export_average, export_dtype, parse_size
 from distavg.checkpoint.folders import reading
 from distavg.checkpoint.load import plan_load
@@ -251,7 +252,8 @@ class Averager:
 
         Afterwards the live weights, buffers, modes and RNG states are bit for bit as before,
         also when the body raises. (RNG states: PyTorch's, of the CPU and of the weights' devices.)
-        Before an average's first update the live weights stay in place.
+        Before an average's first update the live weights stay in place. BatchNorm statistics of the
+        average's own, if `recalibrate_batchnorm` gave it some, come with it.
 
         Extra memory: the buffers, at most 64 MiB of temporaries, and a copy of the live weights
         that this rank owns where the average has another dtype.
@@ -261,7 +263,9 @@ class Averager:
             ReplicaMismatch: Replicas differ, so that one rank's weights could not be restored.
             RankError: A rank was lost, or another rank's body raised.
         """
-        return self._applied(self._named(name))
+        average = self._named(name)
+        self._warn_of_old_statistics(average)
+        return self._applied(average)
 
     @contextmanager
     def _applied(self, average: Average) -> Iterator[None]:
@@ -277,6 +281,19 @@ class Averager:
                 )
         with applied(average, self._shards, self._comm):
             yield
+
+    def _warn_of_old_statistics(self, average: Average) -> None:
+        """Say once if updates were made since an average's statistics were measured."""
+        if average.statistics_at is None or average.is_warned_of:
+            return
+        if (missed := average.num_updates - average.statistics_at) and self._comm.rank == 0:
+            logger.warning(
+                "average %r has had %d updates since its BatchNorm statistics were measured: "
+                "recalibrate_batchnorm() before applied(), or evaluating(recalibrate=...)",
+                average.name,
+                missed,
+            )
+        average.is_warned_of = bool(missed)
 
     def copy_to(self, module: nn.Module | None = None, name: str | None = None) -> None:
         """Copy an average into another module, or for good into the live model. Collective.
@@ -344,22 +361,78 @@ class Averager:
         self, average: Average, *, all_ranks: bool
     ) -> Iterator[tuple[str, Tensor | None]]:
         self._meet(f"gathering the average {average.name!r}", self._check_usable)
-        yield from iter_whole_tensors(
-            average.shards(), self._shards, self._comm, all_ranks=all_ranks
-        )
+        yield from iter_whole_tensors(average, self._shards, self._comm, all_ranks=all_ranks)
 
     def recalibrate_batchnorm(
-        self, batches: object, name: str | None = None, **options: object
-    ) -> NoReturn:
-        """Recompute BatchNorm statistics for an average; comes with a later release.
+        self,
+        batches: Iterable[Any],
+        name: str | None = None,
+        *,
+        forward: Forward | None = None,
+        max_batches: int | None = None,
+        estimator: str = "pooled",
+        frozen: bool = False,
+    ) -> None:
+        """Give an average BatchNorm statistics of its own, of all ranks' batches. Collective.
+
+        As `distavg.recalibrate_batchnorm`, with the average in place of the live weights; all of
+        which, their statistics included, are as before afterwards. From then on the statistics
+        belong to the average: `applied`, `copy_to`, whole tensors and exports have them, `save`
+        keeps them, and the next recalibration replaces them. Updates do not: `applied` warns if
+        some were made since.
+
+        Args:
+            batches: This rank's batches.
+            name: Which average.
+            forward: See `distavg.recalibrate_batchnorm`, as all the following.
+            max_batches: How many batches each rank takes at most.
+            estimator: `"pooled"` or `"per_batch"`.
+            frozen: Whether layers without a parameter that requires a gradient are included.
 
         Raises:
-            UnsupportedError: Always, in this release.
+            ConfigError: No rank has a batch, or there is nothing to recalibrate.
+            DistavgError: A rank's batches or forward raised; its own exception is raised there.
         """
-        raise UnsupportedError(
-            "recalibrate_batchnorm is not in this release; with buffers='copied' or 'averaged' an "
-            "average keeps BatchNorm statistics of its own meanwhile"
-        )
+        average = self._named(name)
+        with self._applied(average):
+            found = measure_batchnorm(
+                self._shards.model,
+                batches,
+                self._comm,
+                forward=forward,
+                max_batches=max_batches,
+                estimator=estimator,
+                frozen=frozen,
+            )
+        keep_statistics(average, self._shards, found)
+
+    @contextmanager
+    def evaluating(
+        self,
+        name: str | None = None,
+        *,
+        recalibrate: Iterable[Any] | None = None,
+        **options: Any,
+    ) -> Iterator[None]:
+        """A context with an average in place of the live weights, in evaluation mode. Collective.
+
+        What a validation needs in one line: BatchNorm statistics of the average's own, if updates
+        were made since they were measured; then `applied` and evaluation mode; and everything as
+        before afterwards.
+
+        Args:
+            name: Which average.
+            recalibrate: Batches for `recalibrate_batchnorm`; None to leave the statistics alone, as
+                for models without BatchNorm.
+            options: Of `recalibrate_batchnorm`.
+        """
+        average = self._named(name)
+        if recalibrate is not None and average.statistics_at != average.num_updates:
+            self.recalibrate_batchnorm(recalibrate, average.name, **options)
+        with self.applied(average.name):
+            for module in self._shards.modules:
+                module.training = False
+            yield
 
     def save(
         self,
@@ -487,13 +560,13 @@ class Averager:
                     need_extra=also is not None,
                 )
                 schedules = {n: Schedule(n, rule, self._clock) for n, rule in plan.rules.items()}
-                vote.answer = manifest.save_id
-            if len(set(vote.answers)) > 1:
+                vote.answer = manifest.save_id, plan.has_ties
+            if len({save_id for save_id, _ in vote.answers}) > 1:
                 raise CheckpointMismatch(
                     f"{path} is not the same checkpoint on all ranks: load from a file system "
                     "that they share"
                 )
-            if plan.has_ties:
+            if any(has_ties for _, has_ties in vote.answers):
                 with self._comm.together(doing):
                     plan.check_ties(averages, verify=verify)
             if also is not None:
@@ -508,6 +581,10 @@ class Averager:
         for average in averages:
             source = plan.sources.get(average.name)
             average.num_updates = source.num_updates if source is not None else 0
+            average.statistics = plan.statistics.get(average.name, {})
+            average.statistics_at = (
+                source.statistics_at if source is not None and average.statistics else None
+            )
             average.schedule = schedules.get(average.name, average.schedule)
             average.damaged = None
         self._position = Position(manifest.steps, manifest.epochs)

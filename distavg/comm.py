@@ -41,7 +41,7 @@ class Vote:
 
     Attributes:
         answer: This rank's; the body sets it.
-        answers: Every rank's, in rank order, after the body.
+        answers: Every rank's, in rank order; only after the `with` statement.
     """
 
     answer: Any = None
@@ -122,14 +122,23 @@ class Comm:
             dist.gather_object(value, values, group=self.group, group_dst=0)
         return values
 
-    def broadcast(self, value: T, doing: str) -> T:
-        """Rank 0's picklable value on every rank. Collective."""
+    def broadcast(self, value: T, doing: str, source: int = 0) -> T:
+        """The picklable value of one rank, by default the first, on every rank. Collective."""
         if self.size == 1:
             return value
         box = [value]
         with lost_rank(doing):
-            dist.broadcast_object_list(box, group=self.group, group_src=0)
+            dist.broadcast_object_list(box, group=self.group, group_src=source)
         return box[0]
+
+    def add_up(self, tensor: Tensor, doing: str) -> None:
+        """Overwrite a contiguous host tensor by the sum over all ranks. Collective.
+
+        One all-reduce, after which all ranks have the same bits: gloo sums each part in one place.
+        """
+        if self.size > 1:
+            with lost_rank(doing):
+                dist.all_reduce(tensor, group=self.group)
 
     def broadcast_tensor(self, tensor: Tensor, doing: str) -> None:
         """Overwrite a contiguous host tensor by rank 0's. Collective; `tensor.nbytes` bytes."""

@@ -136,7 +136,7 @@ def write_foreign(average: ForeignAverage, path: Path) -> None:
         if dtype not in ITEM_BYTES:
             raise UnsupportedError(f"{first}: {dtype} cannot be averaged")
     rule = Imported(source=average.source, unknown=unknown).record()
-    contents = Contents(average.name, rule, average.num_updates, tensors, tuple(shards))
+    contents = Contents(average.name, rule, average.num_updates, None, tensors, tuple(shards))
     request = SaveRequest(
         path,
         uuid.uuid4().hex,

@@ -3,6 +3,7 @@
 Rank 0 never holds more than the tensor under way and what the caller keeps of those before.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -22,7 +23,7 @@ _DISTANCE_CHUNK = 2**20  # elements; two fp64 temporaries of 8 MiB
 
 
 def iter_whole_tensors(
-    shards: Iterable[Shard], model_shards: ModelShards, comm: Comm, *, all_ranks: bool
+    average: Average, model_shards: ModelShards, comm: Comm, *, all_ranks: bool
 ) -> Iterator[tuple[str, Tensor | None]]:
     """Every tensor of a model whole, in the model's order, with an average's values. Collective.
 
@@ -31,7 +32,7 @@ def iter_whole_tensors(
     is sent. Every rank must run the iterator to its end.
 
     Args:
-        shards: This rank's part of the average.
+        average: The average.
         model_shards: The live tensors; those that the average does not hold are read from there.
         comm: The ranks.
         all_ranks: Whether every rank gets the whole tensors, or only rank 0.
@@ -39,15 +40,10 @@ def iter_whole_tensors(
     Yields:
         Canonical name and host tensor (None on the other ranks), tied names one after another.
     """
-    by_name: dict[str, list[Shard]] = {}
-    for shard in shards:
-        by_name.setdefault(shard.fqn, []).append(shard)
+    contents = average.contents(model_shards)
     for tensor in model_shards.catalogue:
-        mine: Sequence[Shard] = by_name.get(tensor.fqn, [])
-        here = model_shards.by_name.get(tensor.fqn)
-        if here is not None and not tensor.is_held:
-            mine = here.parts
-        if here is None or not model_shards.is_counted(tensor.fqn):
+        mine = contents.get(tensor.fqn, [])
+        if mine and not model_shards.is_counted(tensor.fqn):
             mine = []
         dtype = mine[0].tensor.dtype if mine else None
         whole = _assemble(mine, tensor.shape, dtype, tensor.dtype, comm, tensor.fqn)
@@ -127,11 +123,10 @@ def copy_into(
         is_local = all(comm.gather(is_local, "copy_to()"))
     if is_local:
         _check_same_tensors(source, target)
-        kept = [part for tensor in source.tensors if not tensor.is_held for part in tensor.parts]
         parts = {(name, part.box): part.tensor for name, t in theirs.items() for part in t.parts}
         copies = {
             id(place): (place, shard.tensor)
-            for shard in [*average.shards(), *kept]
+            for shard in itertools.chain.from_iterable(average.contents(source).values())
             for name in ours[shard.fqn].names
             for place in [parts[name, shard.box]]
         }
@@ -142,7 +137,7 @@ def copy_into(
     source.catalogue_everywhere(comm.gather(source.digest, "copy_to()"))
     with comm.together("copy_to()"):
         _check_same_tensors(source, target)
-    for fqn, whole in iter_whole_tensors(average.shards(), source, comm, all_ranks=True):
+    for fqn, whole in iter_whole_tensors(average, source, comm, all_ranks=True):
         if whole is not None and fqn in theirs:
             for part in theirs[fqn].parts:
                 part.tensor.copy_(whole[part.box.slices()])

@@ -348,6 +348,7 @@ class ModelShards:
         wrapped.guard_graphs()
         self._wrapped = wrapped
         thawed = {name for name in self._frozen if thaw and now[name].tensor.requires_grad}
+        # Nothing is thawed then either: `is_current` looks at what was frozen.
         if self.is_unchanged and all(stays(old, now[old.fqn]) for old in self.tensors):
             return False
         tensors = []

@@ -19,6 +19,7 @@ from torch.distributed.tensor import Shard as ShardPlacement
 from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 from distavg.average import Average
+from distavg.batchnorm import batchnorm_buffers
 from distavg.comm import Comm
 from distavg.errors import CheckpointMismatch
 from distavg.schedule import Position
@@ -86,6 +87,7 @@ def state(
                 for fqn, tensor in model_shards.by_name.items()
                 if tensor.is_held and (fqn in by_name or not _is_piece(tensor))
             },
+            **_statistics_state(average, model_shards),
         }
     # Like a module's, so that it survives torch.save; DCP does not see it.
     content._metadata = _layout(model_shards)  # type: ignore[attr-defined]
@@ -137,8 +139,40 @@ def load_state(
             tensor.copy_(value)
     for average in averages:
         average.num_updates = int(saved[average.name]["num_updates"][0])
+        _load_statistics(average, saved[average.name])
     steps, numerator, denominator = (int(value) for value in content["clock"])
     return Position(steps, Fraction(numerator, denominator))
+
+
+def _statistics_state(average: Average, model_shards: ModelShards) -> dict[str, Any]:
+    """BatchNorm statistics: the average's own, or memory for those that a checkpoint may have.
+
+    Nothing for a model without BatchNorm, or whose averages hold its buffers themselves.
+    """
+    statistics = {
+        tensor.fqn: average.statistics.get(tensor.fqn, tensor.parts[0].tensor).reshape(-1)
+        for tensor in batchnorm_buffers(model_shards)
+        if not tensor.is_held
+    }
+    if not statistics:
+        return {}
+    at = -1 if average.statistics_at is None else average.statistics_at
+    return {
+        "statistics_at": torch.tensor([at], dtype=torch.float64, device="cpu"),
+        "statistics": {fqn: value.clone() for fqn, value in statistics.items()},
+    }
+
+
+def _load_statistics(average: Average, saved: Mapping[str, Any]) -> None:
+    at = int(saved["statistics_at"][0]) if "statistics_at" in saved else -1
+    average.statistics_at = None if at < 0 else at
+    known = saved["statistics"] if at >= 0 else {}
+    average.statistics = {
+        # Counters are single numbers; DCP's safetensors files would lose those.
+        fqn: value.view(()) if fqn.endswith("num_batches_tracked") else value
+        for fqn, value in known.items()
+    }
+    average.is_warned_of = False
 
 
 def _check_own(content: Mapping[str, Any], model_shards: ModelShards) -> None:

@@ -23,7 +23,7 @@ from distavg.shards import ModelShards
 from distavg.tensors import LiveTensor
 from distavg.wrappers import Face
 
-__all__ = ["applied", "make_permanent"]
+__all__ = ["applied", "make_permanent", "undisturbed"]
 
 logger = logging.getLogger("distavg")
 
@@ -45,7 +45,7 @@ def applied(average: Average, model_shards: ModelShards, comm: Comm) -> Iterator
     pieces. A rank whose body raised does not wait for the others,
     unless they need its pieces.
 
-    Before the average's first update nothing is moved; all else is the same.
+    Before the average's first update no weight is moved; all else is the same.
 
     Raises:
         StateError: A weight was written to inside the body.
@@ -56,7 +56,8 @@ def applied(average: Average, model_shards: ModelShards, comm: Comm) -> Iterator
     swap.enter()
     code = _WELL
     try:
-        with _undisturbed(model_shards.modules, _devices(model_shards)):
+        with undisturbed(model_shards.modules, _devices(model_shards)):
+            put_statistics(average, model_shards)
             yield
     except BaseException:
         code = _RAISED
@@ -263,11 +264,20 @@ class _Kept:
 
 
 @torch.no_grad()
+def put_statistics(average: Average, model_shards: ModelShards) -> None:
+    """Copy an average's own BatchNorm statistics over the live buffers. Not collective."""
+    for fqn, value in average.statistics.items():
+        for part in model_shards.by_name[fqn].parts:
+            part.tensor.copy_(value)
+
+
+@torch.no_grad()
 def make_permanent(average: Average, model_shards: ModelShards) -> None:
     """Copy an average over the live weights. Collective where replicas divide it."""
     model_shards.break_graphs()
     for live, shard in zip(average.live, average.shards(), strict=True):
         live.tensor.copy_(shard.tensor)
+    put_statistics(average, model_shards)
     try:
         _share_pieces(model_shards, "copy_to()")
     except BaseException as error:
@@ -288,7 +298,7 @@ def _devices(model_shards: ModelShards) -> set[torch.device]:
 
 
 @contextmanager
-def _undisturbed(modules: Sequence[nn.Module], devices: set[torch.device]) -> Iterator[None]:
+def undisturbed(modules: Sequence[nn.Module], devices: set[torch.device]) -> Iterator[None]:
     """Restore buffers, train/eval modes and PyTorch's RNG states after the body.
 
     Costs a copy of the buffers, non-persistent ones included.

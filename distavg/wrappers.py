@@ -30,6 +30,7 @@ moves them):
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -41,6 +42,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
@@ -155,6 +157,27 @@ class Wrapped:
             if _remember_face not in module._forward_hooks.values():
                 # Before FSDP2's own hook, whose hook on the output would gather parameters first.
                 module.register_forward_hook(_remember_face, prepend=True)
+
+    @property
+    def communicates(self) -> bool:
+        """Whether a forward of the model communicates, so that all ranks must run it together."""
+        parameters = (p for module in self.modules for p in module._parameters.values())
+        return bool(self._groups or self._handles) or any(
+            isinstance(p, DTensor) for p in parameters
+        )
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Within it no DDP wrapper gives its buffers to other ranks in a forward."""
+        wrappers = [m for m in self.modules if isinstance(m, DistributedDataParallel)]
+        before = [wrapper.require_forward_param_sync for wrapper in wrappers]
+        for wrapper in wrappers:
+            wrapper.require_forward_param_sync = False
+        try:
+            yield
+        finally:
+            for wrapper, value in zip(wrappers, before, strict=True):
+                wrapper.require_forward_param_sync = value
 
     @property
     def face(self) -> "Face | None":
@@ -358,9 +381,11 @@ def stays(old: LiveTensor, named: NamedTensor) -> bool:
     It costs a tenth of that. FSDP1's tensors are always looked up anew.
     """
     before, tensor = old.named, named.tensor
-    if before.flattened is not None or tensor is not before.tensor or not old.parts:
+    if before.flattened is not None or tensor is not before.tensor:
         return False
     found = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    if not old.parts:  # a rank that has nothing of it
+        return not found.numel() and tensor.shape == old.global_shape
     kept = old.parts[0].tensor
     return (
         found.data_ptr() == kept.data_ptr()

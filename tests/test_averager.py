@@ -368,9 +368,6 @@ def test_arguments_that_cannot_be(arguments: dict[str, Any], message: str) -> No
 def test_what_comes_with_a_later_release_says_so() -> None:
     with pytest.raises(UnsupportedError, match="averages lie beside the parameters"):
         Averager(nn.Linear(1, 1), EMA(), device="cpu")
-    averager = Averager(nn.Linear(1, 1), EMA())
-    with pytest.raises(UnsupportedError, match="recalibrate_batchnorm is not in this release"):
-        averager.recalibrate_batchnorm([])
 
 
 def refused_on_one_rank(what: str) -> str:

@@ -76,7 +76,7 @@ def averages(draw: st.DrawFn) -> SavedAverage:
         files.append(SavedFile(name, end, HEX * 2, tuple(boxes)))
     rule = draw(st.sampled_from([EMA(0.1), EMA(1 / 3), SWA(), EMA(half_life="3ep")]))
     num_updates = draw(st.integers(0, 2**60))
-    return SavedAverage(folder, rule.record(), num_updates, tensors, tuple(files))
+    return SavedAverage(folder, rule.record(), num_updates, None, tensors, tuple(files))
 
 
 MANIFESTS = st.builds(
@@ -105,7 +105,7 @@ def example() -> Manifest:
         SavedFile(names[0], 148, HEX * 2, (first,)),
         SavedFile(names[1], 134, HEX * 2, (second, scalar)),
     )
-    average = SavedAverage("ema", EMA(0.9).record(), 7, tensors, files)
+    average = SavedAverage("ema", EMA(0.9).record(), 7, 5, tensors, files)
     return Manifest("5a" * 16, "b0" * 16, 1.7e9, 12, Fraction(7, 5), {"ema": average}, "train")
 
 

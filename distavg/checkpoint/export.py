@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 _OPEN_FILES = 32
-_FLOW_BYTES = 2**20  # what is worth a word to the disk
+_FLUSH_BYTES = 2**20  # what is worth a word to the disk
 INDEX_NAME = "model.safetensors.index.json"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SHORT = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -121,7 +121,7 @@ class ExportWriter:
         while view:
             done = os.pwrite(descriptor, view[:PIECE_BYTES], offset)
             view, offset = view[done:], offset + done
-        if offset - begin >= _FLOW_BYTES:
+        if offset - begin >= _FLUSH_BYTES:
             start_flush(descriptor, begin, offset)
 
     def _descriptor(self, name: str) -> int:
@@ -176,12 +176,11 @@ def export_average(
         )
         for tensor in model_shards.catalogue
     }
-    parts = [shard for shard in average.shards() if model_shards.is_counted(shard.fqn)]
-    parts += [
+    parts = [
         part
-        for tensor in model_shards.tensors
-        if not tensor.is_held and model_shards.is_counted(tensor.fqn)
-        for part in tensor.parts
+        for fqn, held in average.contents(model_shards).items()
+        if model_shards.is_counted(fqn)
+        for part in held
     ]
     folder = Path()
     with ExitStack() as stack:

@@ -1,7 +1,8 @@
 """Shard files: safetensors that PyTorch's distributed reader understands, and verified reads.
 
 They are written from the tensors' memory and read with `preadv` straight into it, in whole checksum
-blocks that are verified on the way; mmap is avoided for the sake of network file systems.
+blocks that are verified on the way; without verification, only what is wanted. mmap is avoided for
+the sake of network file systems.
 """
 
 import json
@@ -19,7 +20,7 @@ import xxhash
 from torch import Tensor
 
 from distavg.checkpoint.header import encode_header, read_header
-from distavg.checkpoint.manifest import BLOCK_BYTES, SavedBox, SavedFile, SavedTensor
+from distavg.checkpoint.manifest import BLOCK_BYTES, HASH_DIGITS, SavedBox, SavedFile, SavedTensor
 from distavg.checkpoint.plan import Read, runs
 from distavg.errors import CheckpointCorrupt, CheckpointError
 from distavg.foreach import as_bytes
@@ -69,6 +70,7 @@ def write_shards(
 
     Raises:
         CheckpointError: The file exists already, or cannot be written.
+        UnsupportedError: A tensor's name, or their number, is more than the format has.
     """
     groups = group_boxes(shards)
     files = []
@@ -124,7 +126,8 @@ def _write_all(file: FileIO, view: memoryview) -> None:
 def start_flush(descriptor: int, begin: int, end: int) -> None:
     """Let the disk begin with these bytes, so that `fsync` does not wait for all of them.
 
-    Linux starts to write what it is told will not be needed again; elsewhere nothing happens.
+    Linux starts to write what it is told will not be needed again, and forgets of it what the disk
+    has already; elsewhere nothing happens.
     """
     if hasattr(os, "posix_fadvise"):
         with suppress(OSError):  # it was an advice
@@ -208,11 +211,13 @@ class ShardReader:
             raise CheckpointCorrupt(f"{path}: the checksum of its header is wrong")
 
     def read(self, box: SavedBox, read: Read, memory: memoryview, *, verify: bool = True) -> None:
-        """Read a part of a box to the start of some memory, and verify it, if it is whole blocks.
+        """Read a part of a box to the start of some memory; to verify it, it must be whole blocks.
 
         Raises:
             CheckpointCorrupt: The file ends early, or a block's checksum is wrong.
         """
+        if len(memory) < read.nbytes:
+            raise ValueError(f"{read.nbytes} bytes do not fit in {len(memory)}")
         if not verify:
             self._fill(memory[: read.nbytes], box.begin + read.begin)
         elif (index := next(self._wrong_blocks(box, read, memory), None)) is not None:
@@ -235,7 +240,7 @@ class ShardReader:
             piece = memory[start : min(start + PIECE_BYTES, read.nbytes)]
             self._fill(piece, box.begin + read.begin + start)
             for found in _digests(piece):
-                if found != box.checksums[16 * index : 16 * (index + 1)]:
+                if found != box.checksums[HASH_DIGITS * index : HASH_DIGITS * (index + 1)]:
                     yield index
                 index += 1
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from distavg.average import Average
 from distavg.checkpoint.files import BUFFER_BYTES, ShardReader, Target
@@ -20,6 +21,7 @@ from distavg.checkpoint.manifest import Manifest, SavedAverage, SavedBox, SavedF
 from distavg.checkpoint.plan import Read, plan_reads
 from distavg.errors import CheckpointCorrupt, CheckpointMismatch, ConfigError
 from distavg.foreach import as_bytes
+from distavg.layout import Box
 from distavg.rules import Imported, Rule, rule_from_record
 from distavg.shards import ModelShards
 from distavg.tensors import Shard
@@ -41,6 +43,7 @@ class LoadPlan:
         names: For each of them the names under which each tensor was saved. Several, if it is
             tied here and was not then.
         reads: For each of them what is read from which file, into what.
+        statistics: For each of them its BatchNorm statistics, which `read` fills.
     """
 
     path: Path
@@ -49,10 +52,11 @@ class LoadPlan:
     rules: dict[str, Rule]
     names: dict[str, dict[str, list[str]]]
     reads: dict[str, "_ByFile"]
+    statistics: dict[str, dict[str, Tensor]]
 
     @property
     def has_ties(self) -> bool:
-        """Whether tensors are tied here that were not when they were saved. Alike on all ranks."""
+        """Whether tensors are tied here that were not when they were saved."""
         return any(len(each) > 1 for names in self.names.values() for each in names.values())
 
     def check_ties(self, averages: Sequence[Average], *, verify: bool) -> None:
@@ -91,6 +95,7 @@ class LoadPlan:
         for average in averages:
             if average.name in self.sources:
                 first = {names[0] for names in self.names[average.name].values()}
+                first |= self.statistics[average.name].keys()
                 once = [
                     (file, [each for each in boxes if each[0].fqn in first])
                     for file, boxes in self.reads[average.name]
@@ -148,15 +153,21 @@ def plan_load(
     chosen: dict[str, Rule] = {}
     saved_names: dict[str, dict[str, list[str]]] = {}
     reads: dict[str, _ByFile] = {}
+    statistics: dict[str, dict[str, Tensor]] = {}
     for average in averages:
         if average.name in sources:
             source = sources[average.name]
             chosen[average.name] = _choose_rule(path, average, source, rules)
             matched = _match(path, average, source, model_shards)
             _check_tensors(average, source, model_shards, matched, cast=cast)
-            reads[average.name] = _plan_files(path, manifest, average, source, matched)
+            statistics[average.name] = _statistics(source, average, model_shards)
+            wanted = [(name, s) for s in average.own_shards() for name in matched[s.fqn]]
+            for fqn, memory in statistics[average.name].items():
+                shape = tuple(memory.shape)
+                wanted.append((fqn, Shard(fqn, Box.whole(shape), shape, memory)))
+            reads[average.name] = _plan_files(path, manifest, average, source, wanted)
             saved_names[average.name] = matched
-    return LoadPlan(path, manifest, sources, chosen, saved_names, reads)
+    return LoadPlan(path, manifest, sources, chosen, saved_names, reads, statistics)
 
 
 def _sources(
@@ -225,6 +236,7 @@ def _match(
                 f"checkpoint: leave it out with exclude=[{fqn!r}]"
             )
     known = {name for names in matched.values() for name in names}
+    known |= _statistics(source, average, model_shards).keys()
     if source.rule.get("kind") == Imported.kind:  # what is averaged is not told from other tensors
         left = {*aliases, *itertools.chain(*aliases.values())} & (source.tensors.keys() - known)
         if left:
@@ -236,6 +248,22 @@ def _match(
             "here: build the model that was saved"
         )
     return matched
+
+
+def _statistics(
+    source: SavedAverage, average: Average, model_shards: ModelShards
+) -> dict[str, Tensor]:
+    """Memory for the saved BatchNorm statistics of buffers that are live here, on every rank."""
+    if source.statistics_at is None:
+        return {}
+    return {
+        fqn: torch.empty(saved.shape, dtype=getattr(torch, saved.dtype), device="cpu")
+        for fqn, saved in source.tensors.items()
+        if fqn not in average.dtypes
+        and (tensor := model_shards.by_name.get(fqn)) is not None
+        and tensor.named.is_buffer
+        and tensor.global_shape == saved.shape
+    }
 
 
 def _check_tensors(
@@ -267,12 +295,11 @@ def _plan_files(
     manifest: Manifest,
     average: Average,
     source: SavedAverage,
-    matched: Mapping[str, Sequence[str]],
+    wanted: Sequence[tuple[str, Shard]],
 ) -> "_ByFile":
     """What is read from which file; each is there, and the one that was saved."""
     if fault := source.fault():
         raise CheckpointCorrupt(f"{path}: average {average.name!r} is not whole: {fault}")
-    wanted = [(name, shard) for shard in average.own_shards() for name in matched[shard.fqn]]
     by_file = _by_file(source, wanted)
     for file, _ in by_file:
         with ShardReader(path, file, manifest.save_id):

@@ -53,7 +53,7 @@ _OTHER_ITEM_BYTES = {
 }
 FOLDER_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 _FILE_PATTERN = FOLDER_PATTERN + r"/shard-\d{5,}-model-\d{5,}-of-\d{5,}\.safetensors"
-_HASH_DIGITS = 16
+HASH_DIGITS = 16
 _YEAR_10000 = 253_402_300_800  # in seconds since the epoch; datetime ends there
 
 
@@ -105,11 +105,16 @@ class SavedTensor:
 
 @dataclass(frozen=True, slots=True)
 class SavedAverage:
-    """One average: its folder, rule, counter, tensors and files."""
+    """One average: its folder, rule, counter, tensors and files.
+
+    Where `statistics_at` is not None, buffers among the tensors are BatchNorm statistics that were
+    measured for it, after so many updates.
+    """
 
     folder: str
     rule: dict[str, Any]
     num_updates: int
+    statistics_at: int | None
     tensors: dict[str, SavedTensor]
     files: tuple[SavedFile, ...]
 
@@ -179,6 +184,7 @@ class Manifest:
                     "folder": average.folder,
                     "rule": average.rule,
                     "num_updates": average.num_updates,
+                    "statistics_at": average.statistics_at,
                     "tensors": {
                         tensor.fqn: {
                             "shape": tensor.shape,
@@ -290,6 +296,7 @@ def _average_from(data: Mapping[str, Any]) -> SavedAverage:
         folder=_text(data["folder"], FOLDER_PATTERN),
         rule=data["rule"],
         num_updates=_count(data["num_updates"]),
+        statistics_at=None if data["statistics_at"] is None else _count(data["statistics_at"]),
         tensors=tensors,
         files=tuple(_file_from(name, file, tensors) for name, file in data["files"].items()),
     )
@@ -318,7 +325,7 @@ def _box_from(data: Any, tensors: Mapping[str, SavedTensor], file_bytes: int) ->
         nbytes *= size
     if begin + nbytes > file_bytes:
         raise ValueError(f"byte range: {(begin, nbytes)!r}")
-    if type(checksums) is not str or len(checksums) != -(-nbytes // BLOCK_BYTES) * _HASH_DIGITS:
+    if type(checksums) is not str or len(checksums) != -(-nbytes // BLOCK_BYTES) * HASH_DIGITS:
         raise ValueError(f"checksums: {checksums!r:.32}")
     return SavedBox(tensor.fqn, Box(tuple(offsets), tuple(sizes)), begin, checksums)
 

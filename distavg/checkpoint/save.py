@@ -153,6 +153,7 @@ class Contents:
         name: The average's.
         rule: Its rule's record.
         num_updates: Its counter.
+        statistics_at: The counter when its BatchNorm statistics were measured, if they were.
         tensors: What it holds, whole; the same on every rank.
         shards: What this rank writes.
     """
@@ -160,6 +161,7 @@ class Contents:
     name: str
     rule: dict[str, Any]
     num_updates: int
+    statistics_at: int | None
     tensors: dict[str, SavedTensor]
     shards: tuple[Shard, ...]
 
@@ -172,7 +174,12 @@ class Contents:
             model_shards: Its live tensors.
             copy: Whether to copy its memory to the host, so that updates may go on.
         """
-        counted = [shard for shard in average.shards() if model_shards.is_counted(shard.fqn)]
+        counted = [
+            part
+            for fqn, held in average.contents(model_shards).items()
+            if (fqn in average.dtypes or fqn in average.statistics) and model_shards.is_counted(fqn)
+            for part in held
+        ]
         if copy:
             counted = [
                 replace(shard, tensor=shard.tensor.detach().to("cpu", copy=True))
@@ -182,14 +189,20 @@ class Contents:
             tensor.fqn: SavedTensor(
                 tensor.fqn,
                 tensor.shape,
-                str(average.dtypes[tensor.fqn]).removeprefix("torch."),
+                str(average.dtypes.get(tensor.fqn, tensor.dtype)).removeprefix("torch."),
                 tensor.aliases,
             )
             for tensor in model_shards.catalogue
-            if tensor.is_held
+            if tensor.is_held or tensor.fqn in average.statistics
         }
-        record = average.rule.record()
-        return cls(average.name, record, average.num_updates, tensors, tuple(counted))
+        return cls(
+            average.name,
+            average.rule.record(),
+            average.num_updates,
+            average.statistics_at,
+            tensors,
+            tuple(counted),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -421,6 +434,7 @@ def _write_manifest(
             folder=target.folders[each.name],
             rule=each.rule,
             num_updates=each.num_updates,
+            statistics_at=each.statistics_at,
             tensors=each.tensors,
             files=tuple(file for records in gathered for file in records[each.name]),
         )
