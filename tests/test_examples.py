@@ -46,6 +46,14 @@ def test_the_quickstart_on_one_process_and_on_two(tmp_path: Path) -> None:
         assert average < live / 2
 
 
+def test_the_digits_under_fsdp2(tmp_path: Path) -> None:
+    tiny = ["--seeds", "1", "--epochs", "3", "--swa-epochs", "1", "2"]
+    output = run(2, "train_digits.py", "--parallel", "fsdp2", "--mixup", *tiny, cwd=tmp_path)
+    found = [float(each) for each in re.findall(r"(\d+\.\d+) \+- ", output)]
+    assert len(found) == 11
+    assert max(found) > 20  # of 10 for guesses
+
+
 def test_the_picture_of_the_learning_rate(tmp_path: Path) -> None:
     run(1, "learning_rate.py", "rate.png", cwd=tmp_path)
     assert (tmp_path / "rate.png").read_bytes().startswith(b"\x89PNG")
