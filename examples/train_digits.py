@@ -4,8 +4,8 @@
     torchrun --standalone --nproc-per-node 2 examples/train_digits.py --parallel fsdp2 --mixup
 
 For each seed: a baseline under OneCycle; runs that leave OneCycle for SWALR and average the last 5
-and 10 epochs, evaluated with stale BatchNorm statistics, with those of one rank's data (an eighth of
-it), and with distavg's, of all ranks'; and the baseline fine-tuned for as many epochs with SWA.
+and 10 epochs, evaluated with stale BatchNorm statistics, with those of one rank's data (an eighth),
+and with distavg's, of all ranks'; and the baseline fine-tuned for as many epochs with SWA.
 """
 
 import argparse
@@ -207,8 +207,10 @@ def main() -> None:
             for _, curve in runs:
                 axes.plot(range(1, options.epochs + 1), curve, color="0.8")
             axes.plot(range(1, options.epochs + 1), means, label="baseline, mean over seeds")
-            for swa_epochs in options.swa_epochs:
-                axes.axvline(options.epochs - swa_epochs, ls=":", label=f"SWA over {swa_epochs}")
+            for index, swa_epochs in enumerate(options.swa_epochs, start=1):
+                start = options.epochs - swa_epochs
+                label = f"start of SWA over {swa_epochs} epochs"
+                axes.axvline(start, color=f"C{index}", ls=":", label=label)
             axes.set_ylim(min(means[2:]) - 3, 100.5)
             axes.legend(frameon=False)
             figure.savefig(options.picture, dpi=120)
