@@ -6,7 +6,7 @@ import re
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,21 +21,18 @@ from torch.utils.hooks import RemovableHandle
 from distavg.average import Average, Updates
 from distavg.batchnorm import Forward, keep_statistics, measure_batchnorm
 from distavg.checkpoint.export import export_average, export_dtype, parse_size
-from distavg.checkpoint.folders import reading
-from distavg.checkpoint.load import plan_load
+from distavg.checkpoint.load import planned_load
 from distavg.checkpoint.save import (
     Also,
     Contents,
     Save,
     SaveHandle,
     SaveRequest,
-    call_also,
     check_copies,
     in_background,
 )
 from distavg.comm import Comm
 from distavg.errors import (
-    CheckpointMismatch,
     ConfigError,
     RankError,
     StateError,
@@ -545,50 +542,28 @@ class Averager:
         averages = list(self._averages.values())
         doing = f"loading {path}"
         self._meet(doing, lambda: self._check_load(path))
-        with ExitStack() as stack:
-            with self._comm.together(doing) as vote:
-                manifest = stack.enter_context(reading(Path(str(path))))
-                plan = plan_load(
-                    Path(str(path)),
-                    manifest,
-                    averages,
-                    self._shards,
-                    names=names,
-                    missing=missing,
-                    rules=rules,
-                    cast=cast,
-                    need_extra=also is not None,
-                )
-                schedules = {n: Schedule(n, rule, self._clock) for n, rule in plan.rules.items()}
-                vote.answer = manifest.save_id, plan.has_ties
-            if len({save_id for save_id, _ in vote.answers}) > 1:
-                raise CheckpointMismatch(
-                    f"{path} is not the same checkpoint on all ranks: load from a file system "
-                    "that they share"
-                )
-            if any(has_ties for _, has_ties in vote.answers):
-                with self._comm.together(doing):
-                    plan.check_ties(averages, verify=verify)
-            if also is not None:
-                with self._comm.together(doing):
-                    call_also(self._hooks.paused(also), plan.path / str(manifest.extra_folder))
+        with planned_load(
+            Path(str(path)),
+            averages,
+            self._shards,
+            self._comm,
+            self._clock,
+            names=names,
+            missing=missing,
+            rules=rules,
+            cast=cast,
+            verify=verify,
+            also=None if also is None else self._hooks.paused(also),
+        ) as plan:
             self._broken = (
                 f"{doing} failed half-way, so the averages hold a mixture of old and new values: "
                 "load a good checkpoint first"
             )
             with self._comm.together(doing):
                 plan.read(averages, verify=verify)
-        for average in averages:
-            source = plan.sources.get(average.name)
-            average.num_updates = source.num_updates if source is not None else 0
-            average.statistics = plan.statistics.get(average.name, {})
-            average.statistics_at = (
-                source.statistics_at if source is not None and average.statistics else None
-            )
-            average.schedule = schedules.get(average.name, average.schedule)
-            average.damaged = None
-        self._position = Position(manifest.steps, manifest.epochs)
-        self._id, self._loaded = manifest.averager_id, manifest.save_id
+        plan.settle(averages)
+        self._position = Position(plan.manifest.steps, plan.manifest.epochs)
+        self._id, self._loaded = plan.manifest.averager_id, plan.manifest.save_id
         self._broken = None
 
     def export(

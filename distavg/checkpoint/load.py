@@ -8,25 +8,31 @@ memory, verified block by block on the way.
 
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from distavg.average import Average
 from distavg.checkpoint.files import BUFFER_BYTES, ShardReader, Target
+from distavg.checkpoint.folders import reading
 from distavg.checkpoint.manifest import Manifest, SavedAverage, SavedBox, SavedFile
 from distavg.checkpoint.plan import Read, plan_reads
+from distavg.checkpoint.save import Also, call_also
+from distavg.comm import Comm
 from distavg.errors import CheckpointCorrupt, CheckpointMismatch, ConfigError
 from distavg.foreach import as_bytes
 from distavg.layout import Box
 from distavg.rules import Imported, Rule, rule_from_record
+from distavg.schedule import Clock, Schedule
 from distavg.shards import ModelShards
 from distavg.tensors import Shard
 
-__all__ = ["LoadPlan", "plan_load"]
+__all__ = ["LoadPlan", "plan_load", "planned_load"]
 
 logger = logging.getLogger("distavg")
 
@@ -39,7 +45,7 @@ class LoadPlan:
         path: The checkpoint.
         manifest: Its manifest.
         sources: What is saved of each average that will be read, by the name it has here.
-        rules: The rule that each of them goes on with.
+        schedules: The schedule that each of them goes on with.
         names: For each of them the names under which each tensor was saved. Several, if it is
             tied here and was not then.
         reads: For each of them what is read from which file, into what.
@@ -49,7 +55,7 @@ class LoadPlan:
     path: Path
     manifest: Manifest
     sources: dict[str, SavedAverage]
-    rules: dict[str, Rule]
+    schedules: dict[str, Schedule]
     names: dict[str, dict[str, list[str]]]
     reads: dict[str, "_ByFile"]
     statistics: dict[str, dict[str, Tensor]]
@@ -102,6 +108,19 @@ class LoadPlan:
                 ]
                 self._fill(once, verify=verify)
 
+    def settle(self, averages: Sequence[Average]) -> None:
+        """Make counters, schedules and statistics those that were saved, after `read`."""
+        for average in averages:
+            source = self.sources.get(average.name)
+            average.num_updates = source.num_updates if source is not None else 0
+            average.statistics = self.statistics.get(average.name, {})
+            average.statistics_at = (
+                source.statistics_at if source is not None and average.statistics else None
+            )
+            average.is_warned_of = False
+            average.schedule = self.schedules.get(average.name, average.schedule)
+            average.damaged = None
+
     def _fill(self, by_file: "_ByFile", *, verify: bool) -> None:
         buffer = torch.empty(BUFFER_BYTES, dtype=torch.uint8, device="cpu")
         for file, boxes in by_file:
@@ -111,11 +130,56 @@ class LoadPlan:
                         target.fill(reader, box, read, buffer, verify=verify)
 
 
+@contextmanager
+def planned_load(
+    path: Path,
+    averages: Sequence[Average],
+    model_shards: ModelShards,
+    comm: Comm,
+    clock: Clock,
+    *,
+    verify: bool,
+    also: Also | None,
+    **options: Any,
+) -> Iterator[LoadPlan]:
+    """A load, checked by all ranks, to be read within the context. Collective.
+
+    A vote; another if tensors are tied here that were not; and another after `also`. As long as the
+    context lasts, the checkpoint is not removed.
+
+    Raises:
+        DistavgError: What `plan_load` raised on any rank, or `also`.
+        CheckpointMismatch: Ranks see different checkpoints, or tied tensors differ.
+    """
+    doing = f"loading {path}"
+    with ExitStack() as stack:
+        with comm.together(doing) as vote:
+            manifest = stack.enter_context(reading(path))
+            need_extra = also is not None
+            plan = plan_load(
+                path, manifest, averages, model_shards, clock, need_extra=need_extra, **options
+            )
+            vote.answer = manifest.save_id, plan.has_ties
+        if len({save_id for save_id, _ in vote.answers}) > 1:
+            raise CheckpointMismatch(
+                f"{path} is not the same checkpoint on all ranks: load from a file system that "
+                "they share"
+            )
+        if any(has_ties for _, has_ties in vote.answers):
+            with comm.together(doing):
+                plan.check_ties(averages, verify=verify)
+        if also is not None:
+            with comm.together(doing):
+                call_also(also, path / str(manifest.extra_folder))
+        yield plan
+
+
 def plan_load(
     path: Path,
     manifest: Manifest,
     averages: Sequence[Average],
     model_shards: ModelShards,
+    clock: Clock,
     *,
     names: Mapping[str, str] | None,
     missing: str,
@@ -130,6 +194,7 @@ def plan_load(
         manifest: Its manifest.
         averages: The averages of the averager.
         model_shards: The live tensors.
+        clock: What schedules are resolved by.
         names: Saved name -> name here, for averages that were renamed.
         missing: `"error"` or `"from_model"`: what becomes of an average that was not saved.
         rules: `"error"`, `"current"` or `"saved"`: which rule goes on where they differ.
@@ -150,14 +215,15 @@ def plan_load(
     if need_extra and manifest.extra_folder is None:
         raise CheckpointMismatch(f"{path} was saved without also=, so load(also=) has no folder")
     sources = _sources(path, manifest, [a.name for a in averages], names or {}, missing)
-    chosen: dict[str, Rule] = {}
+    schedules: dict[str, Schedule] = {}
     saved_names: dict[str, dict[str, list[str]]] = {}
     reads: dict[str, _ByFile] = {}
     statistics: dict[str, dict[str, Tensor]] = {}
     for average in averages:
         if average.name in sources:
             source = sources[average.name]
-            chosen[average.name] = _choose_rule(path, average, source, rules)
+            rule = _choose_rule(path, average, source, rules)
+            schedules[average.name] = Schedule(average.name, rule, clock)
             matched = _match(path, average, source, model_shards)
             _check_tensors(average, source, model_shards, matched, cast=cast)
             statistics[average.name] = _statistics(source, average, model_shards)
@@ -167,7 +233,7 @@ def plan_load(
                 wanted.append((fqn, Shard(fqn, Box.whole(shape), shape, memory)))
             reads[average.name] = _plan_files(path, manifest, average, source, wanted)
             saved_names[average.name] = matched
-    return LoadPlan(path, manifest, sources, chosen, saved_names, reads, statistics)
+    return LoadPlan(path, manifest, sources, schedules, saved_names, reads, statistics)
 
 
 def _sources(
