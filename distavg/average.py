@@ -149,7 +149,8 @@ class Average:
             if not tensor.is_held:
                 value = self.statistics.get(tensor.fqn)
                 contents[tensor.fqn] = [
-                    part if value is None else replace(part, tensor=value) for part in tensor.parts
+                    part if value is None else replace(part, tensor=value.to(part.tensor.dtype))
+                    for part in tensor.parts
                 ]
         return contents
 

@@ -281,7 +281,7 @@ class Averager:
 
     def _warn_of_old_statistics(self, average: Average) -> None:
         """Say once if updates were made since an average's statistics were measured."""
-        if average.statistics_at is None or average.is_warned_of:
+        if not average.statistics or average.statistics_at is None or average.is_warned_of:
             return
         if (missed := average.num_updates - average.statistics_at) and self._comm.rank == 0:
             logger.warning(
@@ -376,7 +376,7 @@ class Averager:
         which, their statistics included, are as before afterwards. From then on the statistics
         belong to the average: `applied`, `copy_to`, whole tensors and exports have them, `save`
         keeps them, and the next recalibration replaces them. Updates do not: `applied` warns if
-        some were made since.
+        some were made since. Before the average's first update nothing is done.
 
         Args:
             batches: This rank's batches.
@@ -392,6 +392,8 @@ class Averager:
         """
         average = self._named(name)
         with self._applied(average):
+            if average.num_updates == 0:  # it reads as the live weights, whose statistics are live
+                return
             found = measure_batchnorm(
                 self._shards.model,
                 batches,
@@ -409,7 +411,10 @@ class Averager:
         name: str | None = None,
         *,
         recalibrate: Iterable[Any] | None = None,
-        **options: Any,
+        forward: Forward | None = None,
+        max_batches: int | None = None,
+        estimator: str = "pooled",
+        frozen: bool = False,
     ) -> Iterator[None]:
         """A context with an average in place of the live weights, in evaluation mode. Collective.
 
@@ -419,13 +424,33 @@ class Averager:
 
         Args:
             name: Which average.
-            recalibrate: Batches for `recalibrate_batchnorm`; None to leave the statistics alone, as
-                for models without BatchNorm.
-            options: Of `recalibrate_batchnorm`.
+            recalibrate: This rank's batches for `recalibrate_batchnorm`, which may be none; None on
+                every rank to leave the statistics alone, as for models without BatchNorm.
+            forward: See `recalibrate_batchnorm`, as all the following.
+            max_batches: How many batches each rank takes at most.
+            estimator: `"pooled"` or `"per_batch"`.
+            frozen: Whether layers without a parameter that requires a gradient are included.
+
+        Raises:
+            ConfigError: `recalibrate` is None on some ranks only.
+            DistavgError: What `recalibrate_batchnorm` or `applied` raises.
         """
         average = self._named(name)
-        if recalibrate is not None and average.statistics_at != average.num_updates:
-            self.recalibrate_batchnorm(recalibrate, average.name, **options)
+        is_wanted = recalibrate is not None and average.statistics_at != average.num_updates
+        if len(set(self._comm.gather((recalibrate is None, is_wanted), "evaluating()"))) > 1:
+            raise ConfigError(
+                "evaluating(): recalibrate= is None on some ranks only, or updates differ: a rank "
+                "without batches passes an empty list"
+            )
+        if recalibrate is not None and is_wanted:
+            self.recalibrate_batchnorm(
+                recalibrate,
+                average.name,
+                forward=forward,
+                max_batches=max_batches,
+                estimator=estimator,
+                frozen=frozen,
+            )
         with self.applied(average.name):
             for module in self._shards.modules:
                 module.training = False

@@ -9,6 +9,7 @@ batches there are, and neither on their order nor on which rank has which.
 
 import itertools
 import logging
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
@@ -17,11 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
 from distavg.average import Average
 from distavg.comm import Comm
-from distavg.errors import ConfigError
+from distavg.errors import ConfigError, StateError
 from distavg.shards import ModelShards
 from distavg.swap import undisturbed
 from distavg.tensors import LiveTensor
@@ -75,6 +77,10 @@ def recalibrate_batchnorm(
     also if a forward raises; then no statistics change. `num_batches_tracked` becomes the number of
     batches on all ranks, and momenta stay. Compiled models run uncompiled.
 
+    Ranks that hold one batch together (tensor parallelism) each count it. A rank that is done waits
+    for the others as long as gloo waits. One that raises within a forward that communicates leaves
+    the others in it, until the timeout of that forward's process group.
+
     Communicates two all-reduces of some 8 bytes per channel, over gloo. Where the forward itself
     communicates (FSDP, tensor parallelism), also a record per batch, so that all ranks go through
     as many forwards: one that has no more batches joins in with another, which does not count.
@@ -94,9 +100,17 @@ def recalibrate_batchnorm(
 
     Raises:
         ConfigError: No rank has a batch, or there is nothing to recalibrate.
+        StateError: An average is applied to the model.
         DistavgError: A rank's batches or forward raised; its own exception is raised there.
     """
     comm = Comm(process_group)
+    with comm.together("recalibrating BatchNorm"):
+        face = Wrapped(model).face
+        if face is not None and face.average is not None:
+            raise StateError(
+                f"inside applied({face.average!r}) the model's statistics are put back at the end: "
+                "Averager.recalibrate_batchnorm gives them to the average"
+            )
     found = measure_batchnorm(
         model,
         batches,
@@ -153,8 +167,9 @@ def keep_statistics(
     for shard in average.own_shards():
         if shard.fqn in values:
             shard.tensor.copy_(values[shard.fqn][shard.box.slices()])
-    average.statistics = {f: v for f, v in values.items() if f not in average.dtypes}
-    average.statistics_at = average.num_updates if average.statistics else None
+    # Layers that were not called keep what the average has of them.
+    average.statistics |= {f: v for f, v in values.items() if f not in average.dtypes}
+    average.statistics_at = average.num_updates
     average.is_warned_of = False
 
 
@@ -178,23 +193,27 @@ def measure_batchnorm(
         if forward is None and not isinstance(model, nn.Module):
             raise ConfigError("a mapping of modules needs forward=, which is called with it")
         wrapped = Wrapped(model)
-        layers = _layers(wrapped.modules, frozen=frozen)
+        wrapped.reshard()
+        layers = _layers(wrapped, frozen=frozen)
         recorder = _Recorder(layers, is_pooled=estimator == "pooled")
         vote.answer = estimator, [layer.num_features for layer in layers], wrapped.communicates
     if len({repr(answer[:2]) for answer in vote.answers}) > 1:
         raise ConfigError(f"{doing}: estimators or BatchNorm layers are not alike on all ranks")
     devices = {_mean_of(layer).device for layer in layers}
     runner = _Runner(model, forward or _forward, _mean_of(layers[0]).device, recorder)
-    taken = itertools.islice(batches, max_batches)
-    with undisturbed(wrapped.modules, devices), wrapped.quiet(), recorder.recording():
-        for module in wrapped.modules:
-            module.training = False
-        if any(communicates for _, _, communicates in vote.answers):
-            runner.run_in_step(taken, comm, doing)
-        else:
-            with comm.together(doing):
-                for batch in taken:
-                    runner.run(batch)
+    taken = _take(batches, max_batches)
+    try:
+        with undisturbed(wrapped.modules, devices), wrapped.quiet(), recorder.recording():
+            for module in wrapped.modules:
+                module.training = False
+            if any(communicates for _, _, communicates in vote.answers):
+                runner.run_in_step(taken, comm, doing)
+            else:
+                with comm.together(doing):
+                    for batch in taken:
+                        runner.run(batch)
+    finally:
+        wrapped.reshard()  # FSDP2 keeps what a forward gathered
     totals = recorder.merge(comm, doing)
     if not any(each.calls for each in totals):
         raise ConfigError(f"{doing}: no rank has a batch")
@@ -204,11 +223,24 @@ def measure_batchnorm(
     return {layer: each for layer, each in zip(layers, totals, strict=True) if each.calls}
 
 
-def _layers(modules: Sequence[nn.Module], *, frozen: bool) -> list[_BatchNorm]:
-    layers = [m for m in modules if isinstance(m, _BatchNorm) and m.running_mean is not None]
+def _take(batches: Iterable[Any], max_batches: int | None) -> Iterator[Any]:
+    """The first batches; nothing happens before the first is asked for, where all ranks listen."""
+    yield from itertools.islice(batches, max_batches)
+
+
+def _layers(wrapped: Wrapped, *, frozen: bool) -> list[_BatchNorm]:
+    found = [module for module in wrapped.modules if isinstance(module, _BatchNorm)]
+    layers = [layer for layer in found if layer.running_mean is not None]
     if not layers:
         raise ConfigError("the model has no BatchNorm layer with running statistics")
-    chosen = [layer for layer in layers if frozen or not _is_frozen(layer)]
+    if any(is_lazy(_mean_of(layer)) for layer in layers):
+        raise ConfigError("a lazy BatchNorm layer has no shape yet: run a forward first")
+    trainable: dict[nn.Module, bool] = {}
+    for named in wrapped.named_tensors():
+        if not named.is_buffer:
+            known = trainable.get(named.owner, False)
+            trainable[named.owner] = known or named.tensor.requires_grad
+    chosen = [layer for layer in layers if frozen or trainable.get(layer, True)]
     if not chosen:
         raise ConfigError(
             "no parameter of the model's BatchNorm layers requires a gradient: frozen=True gives "
@@ -219,11 +251,6 @@ def _layers(modules: Sequence[nn.Module], *, frozen: bool) -> list[_BatchNorm]:
 
 def _mean_of(layer: _BatchNorm) -> Tensor:
     return cast(Tensor, layer.running_mean)  # `_layers` has seen that it is there
-
-
-def _is_frozen(layer: _BatchNorm) -> bool:
-    parameters = list(layer.parameters())
-    return bool(parameters) and not any(each.requires_grad for each in parameters)
 
 
 def _forward(model: Any, batch: Any) -> object:
@@ -273,8 +300,11 @@ class _Runner:
             if giver is None:
                 return
             if not all(has_some for _, has_some in vote.answers):
-                given = tree_map(_to_host, batch) if comm.rank == giver else None
-                given = comm.broadcast(given, doing, source=giver)
+                content = b""
+                with comm.together(doing):  # what cannot be pickled is every rank's error
+                    if comm.rank == giver:
+                        content = pickle.dumps(tree_map(_to_host, batch))
+                given = pickle.loads(comm.broadcast(content, doing, source=giver))
                 spare = given if spare is _END else spare
             is_counted = batch is not _END
             spare = batch if is_counted else spare
@@ -318,7 +348,7 @@ class _Recorder:
 
         def hook_of(index: int) -> Callable[..., None]:
             def hook(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-                self._look(index, args[0] if args else kwargs["input"])
+                self._look(index, args[0] if args else next(iter(kwargs.values())))
 
             return hook
 
@@ -333,6 +363,7 @@ class _Recorder:
             for handle in handles:
                 handle.remove()
 
+    @torch.no_grad()
     def _look(self, index: int, batch: Tensor) -> None:
         if not batch.numel():
             return

@@ -11,7 +11,7 @@ import functools
 import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -98,8 +98,7 @@ class Comm:
         if self.size == 1:
             return [value]
         mine = pickle.dumps(value)
-        first = len(mine).to_bytes(_LENGTH_BYTES, "little") + mine[: _RECORD_BYTES - _LENGTH_BYTES]
-        records = self._gather_bytes(first, _RECORD_BYTES, doing)
+        records = self._gather_bytes(_record_of(mine), _RECORD_BYTES, doing)
         longest = max(int.from_bytes(each[:_LENGTH_BYTES], "little") for each in records)
         if longest <= _RECORD_BYTES - _LENGTH_BYTES:
             return [pickle.loads(each[_LENGTH_BYTES:]) for each in records]
@@ -195,7 +194,21 @@ class Comm:
             yield vote
         except Exception as caught:
             error = caught
+        except BaseException as interrupt:  # Ctrl-C: it surfaces at once, and the others hear of it
+            self._tell(f"{type(interrupt).__name__}: interrupted")
+            raise
         vote.answers = self._raise_together(error, vote.answer, doing)
+
+    def _tell(self, message: str) -> None:
+        """Take part in a vote with an error, without waiting for the others."""
+        if self.size == 1:
+            return
+        content = pickle.dumps(((RankError, message), None))
+        record = torch.frombuffer(bytearray(_record_of(content)), dtype=torch.uint8)
+        received = [torch.empty_like(record) for _ in range(self.size)]
+        with suppress(RuntimeError):  # a rank that was lost learns nothing
+            work = dist.all_gather(received, record, group=self.group, async_op=True)
+            self._announced = (work, record, received)  # the tensors must outlive the message
 
     def raise_together(self, error: Exception | None, doing: str) -> None:
         """The collective half of `together`, for an error that was caught already."""
@@ -280,6 +293,12 @@ class _Groups:
 
 
 _GROUPS = _Groups()
+
+
+def _record_of(content: bytes) -> bytes:
+    """The length of something, and as much of it as fits in a record."""
+    record = len(content).to_bytes(_LENGTH_BYTES, "little") + content
+    return record[:_RECORD_BYTES].ljust(_RECORD_BYTES)
 
 
 def _exported_type(error: Exception) -> Callable[[str], DistavgError]:

@@ -139,40 +139,46 @@ def load_state(
             tensor.copy_(value)
     for average in averages:
         average.num_updates = int(saved[average.name]["num_updates"][0])
-        _load_statistics(average, saved[average.name])
+        _load_statistics(average, saved[average.name], model_shards)
     steps, numerator, denominator = (int(value) for value in content["clock"])
     return Position(steps, Fraction(numerator, denominator))
 
 
 def _statistics_state(average: Average, model_shards: ModelShards) -> dict[str, Any]:
-    """BatchNorm statistics: the average's own, or memory for those that a checkpoint may have.
+    """BatchNorm statistics: the average's own, and memory for others that a checkpoint may have.
 
-    Nothing for a model without BatchNorm, or whose averages hold its buffers themselves.
+    Nothing for a model without BatchNorm, or whose averages hold its buffers themselves. They are
+    copies, of one dim, since DCP's safetensors files lose zero-dim ones.
     """
-    statistics = {
-        tensor.fqn: average.statistics.get(tensor.fqn, tensor.parts[0].tensor).reshape(-1)
-        for tensor in batchnorm_buffers(model_shards)
-        if not tensor.is_held
-    }
-    if not statistics:
+    live = {t.fqn: t for t in batchnorm_buffers(model_shards) if not t.is_held}
+    if not live:
         return {}
     at = -1 if average.statistics_at is None else average.statistics_at
+    own = [float(fqn in average.statistics) for fqn in live]
     return {
         "statistics_at": torch.tensor([at], dtype=torch.float64, device="cpu"),
-        "statistics": {fqn: value.clone() for fqn, value in statistics.items()},
+        "statistics_own": torch.tensor(own, dtype=torch.float64, device="cpu"),
+        "statistics": {
+            fqn: average.statistics.get(fqn, tensor.parts[0].tensor)
+            .detach()
+            .to(tensor.dtype, copy=True)
+            .reshape(-1)
+            for fqn, tensor in live.items()
+        },
     }
 
 
-def _load_statistics(average: Average, saved: Mapping[str, Any]) -> None:
-    at = int(saved["statistics_at"][0]) if "statistics_at" in saved else -1
-    average.statistics_at = None if at < 0 else at
-    known = saved["statistics"] if at >= 0 else {}
-    average.statistics = {
-        # Counters are single numbers; DCP's safetensors files would lose those.
-        fqn: value.view(()) if fqn.endswith("num_batches_tracked") else value
-        for fqn, value in known.items()
-    }
+def _load_statistics(average: Average, saved: Mapping[str, Any], model_shards: ModelShards) -> None:
     average.is_warned_of = False
+    average.statistics, average.statistics_at = {}, None
+    if "statistics_at" in saved and (at := int(saved["statistics_at"][0])) >= 0:
+        average.statistics_at = at
+        for (fqn, value), is_own in zip(
+            saved["statistics"].items(), saved["statistics_own"].tolist(), strict=True
+        ):
+            if is_own:
+                shape = model_shards.by_name[fqn].global_shape
+                average.statistics[fqn] = value.clone().view(shape)
 
 
 def _check_own(content: Mapping[str, Any], model_shards: ModelShards) -> None:

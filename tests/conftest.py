@@ -12,6 +12,8 @@ import torch
 
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+# pytest --hypothesis-profile=minutes tests/test_manifest.py tests/test_damage.py
+hypothesis.settings.register_profile("minutes", deadline=None, max_examples=20_000)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 # Tests run side by side, in pytest-xdist's workers and in ranks: one thread each.

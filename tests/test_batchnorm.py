@@ -21,10 +21,12 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
 
 import distavg
+import distavg.checkpoint.read
 from distavg import EMA, Averager, recalibrate_batchnorm
 
 DOUBLE = torch.float64
@@ -639,3 +641,183 @@ def test_options_reach_the_pipeline_of_modules() -> None:
     run: Callable[[Any, Tensor], Tensor] = lambda model, batch: model["b"](model["a"](batch))  # noqa: E731
     averager.recalibrate_batchnorm(data([3]), forward=run)
     assert averager.full_state_dict()["b.num_batches_tracked"] == 1
+
+
+# ------------------------------------------------------------------------------ what a review found
+
+
+def test_statistics_follow_the_dtype_of_the_model(tmp_path: Path) -> None:
+    _, averager = averaged("plain")
+    averager.recalibrate_batchnorm(data(SIZES))
+    averager.save(tmp_path / "double")
+    half = Averager(Network(dropout=0.0, dtype=torch.bfloat16), EMA(0.5), dtype=DOUBLE)
+    half.load(tmp_path / "double")
+    half.save(tmp_path / "half")
+    half.load(tmp_path / "half")
+    assert half.full_state_dict()["first.running_mean"].dtype == torch.bfloat16
+    assert distavg.checkpoint.read.verify_checkpoint(tmp_path / "half")[1] == []
+    widened, averager = averaged("plain")
+    averager.recalibrate_batchnorm(data(SIZES))
+    widened.float()
+    averager.save(tmp_path / "float")
+    averager.load(tmp_path / "float", cast=True)
+    assert averager.full_state_dict()["first.running_mean"].dtype == torch.float32
+
+
+def loader_fails(how: str) -> tuple[str, bool, str]:
+    """On rank 1, before the first batch; the error, whether live weights are back, and a sequel."""
+    model, averager = averaged("ddp")
+    live = cloned(dict(model.named_parameters()))
+
+    class Failing:
+        def __iter__(self) -> Iterator[Tensor]:
+            raise KeyboardInterrupt if how == "interrupt" else OSError("a file is gone")
+
+    batches: Any = Failing() if dist.get_rank() == 1 else mine()
+    try:
+        text = error_of(averager.recalibrate_batchnorm, batches)
+    except KeyboardInterrupt:
+        text = "KeyboardInterrupt"
+    is_back = differences(dict(model.named_parameters()), live) == []
+    return text, is_back, error_of(averager.recalibrate_batchnorm, mine())
+
+
+@pytest.mark.parametrize("how", ["error", "interrupt"])
+def test_a_loader_that_fails_at_once_or_is_interrupted(how: str) -> None:
+    first, second = run_ranks(loader_fails, 2, how)
+    assert first[0].startswith("RankError: recalibrating BatchNorm failed. rank 1: ")
+    assert second[0] == ("KeyboardInterrupt" if how == "interrupt" else "OSError: a file is gone")
+    assert first[1:] == second[1:] == (True, "nothing")
+
+
+def unlike() -> list[str]:
+    class Local:
+        values = torch.ones(2, 3, 5, 4, dtype=DOUBLE)
+
+    model = wrap("fsdp2", Network())
+    local = [Local()] if dist.get_rank() else []
+    _, averager = averaged("ddp")
+    some = mine() if dist.get_rank() else None
+
+    def enter() -> None:
+        with averager.evaluating(recalibrate=some):
+            pass
+
+    unpickled = error_of(recalibrate_batchnorm, model, local, forward=lambda m, b: m(b.values))
+    return [unpickled, error_of(enter)]
+
+
+def test_ranks_that_are_not_alike_are_told() -> None:
+    for unpickled, entered in run_ranks(unlike, 2):
+        assert "pickle" in unpickled
+        assert "recalibrate= is None on some ranks only" in entered
+
+
+def test_before_the_first_update_statistics_are_the_live_ones() -> None:
+    for buffers in ("live", "copied"):
+        model = Network(dropout=0.0)
+        averager = Averager(model, EMA(0.5, start="9ba"), buffers=buffers)
+        with averager.evaluating(recalibrate=data([3])):
+            assert torch.equal(model.first.running_mean, torch.zeros(5, dtype=DOUBLE))
+        model.first.running_mean.add_(1)
+        with averager.evaluating(recalibrate=data([3])):
+            assert torch.equal(model.first.running_mean, torch.ones(5, dtype=DOUBLE))
+        assert averager.full_state_dict()["first.running_mean"][0] == 1
+
+
+def test_random_numbers_of_a_data_loader_are_given_back() -> None:
+    model, state = Network(), torch.get_rng_state()
+    recalibrate_batchnorm(model, torch.utils.data.DataLoader(data([3])[0], batch_size=2))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def left_sharded() -> bool:
+    model = wrap("fsdp2", Network())
+    recalibrate_batchnorm(model, data([3]))
+    return all(isinstance(p, DTensor) for p in model.parameters())
+
+
+def test_parameters_are_sharded_again() -> None:
+    assert run_ranks(left_sharded, 2) == [True, True]
+
+
+def frozen_in_a_flat_parameter() -> list[bool]:
+    found = []
+    for use_orig_params in (True, False):
+        inner = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).requires_grad_(False)
+        model = nn.Sequential(
+            FullyShardedDataParallel(
+                inner, use_orig_params=use_orig_params, device_id=torch.device("cpu")
+            ),
+            nn.BatchNorm1d(3),
+        )
+        recalibrate_batchnorm(model, [VALUES])
+        found.append(inner[1].num_batches_tracked.item() == 0)
+    return found
+
+
+def test_frozen_layers_of_a_flat_parameter() -> None:
+    assert run_ranks(frozen_in_a_flat_parameter, 2) == [[True, True]] * 2
+
+
+def test_layers_that_are_not_called_again_keep_the_averages_statistics() -> None:
+    model = nn.ModuleDict({"a": nn.BatchNorm1d(3), "b": nn.BatchNorm1d(3)})
+    averager = Averager(model, EMA(0.5))
+    averager.step()
+    averager.recalibrate_batchnorm([VALUES], forward=lambda m, x: (m["a"](x), m["b"](x)))
+    averager.recalibrate_batchnorm([VALUES * 2], forward=lambda m, x: m["a"](x))
+    found = averager.full_state_dict()
+    assert torch.equal(found["a.running_mean"], 2 * VALUES.mean(0))
+    assert torch.equal(found["b.running_mean"], VALUES.mean(0))
+    state = averager.state_dict()
+    model["b"].running_mean.add_(1)
+    averager.load_state_dict(state)
+    assert torch.equal(averager.full_state_dict()["b.running_mean"], VALUES.mean(0))
+
+
+def test_a_state_has_only_the_statistics_of_the_average() -> None:
+    model = nn.ModuleDict({"a": nn.BatchNorm1d(3), "b": nn.BatchNorm1d(3)})
+    averager = Averager(model, EMA(0.5))
+    averager.step()
+    averager.recalibrate_batchnorm([VALUES], forward=lambda m, x: m["a"](x))
+    averager.load_state_dict(averager.state_dict())
+    model["b"].running_mean.add_(1)
+    assert averager.full_state_dict()["b.running_mean"][0] == 1
+
+
+def test_statistics_of_tied_layers(tmp_path: Path) -> None:
+    untied = nn.ModuleDict({"a": nn.BatchNorm1d(3), "b": nn.BatchNorm1d(3)})
+    one = nn.BatchNorm1d(3)
+    tied = nn.ModuleDict({"a": one, "b": one})
+    for name, model, other in (("untied", untied, tied), ("tied", tied, untied)):
+        averager = Averager(model, EMA(0.5))
+        averager.step()
+        averager.recalibrate_batchnorm([VALUES], forward=lambda m, x: (m["a"](x), m["b"](x)))
+        averager.save(tmp_path / name)
+        read = Averager(other, EMA(0.5))
+        read.load(tmp_path / name)
+        found = read.full_state_dict()
+        assert torch.equal(found["a.running_mean"], VALUES.mean(0))
+        assert torch.equal(found["b.running_mean"], VALUES.mean(0))
+
+
+def test_what_a_forward_may_do() -> None:
+    class Odd(nn.BatchNorm1d):
+        def forward(self, values: Tensor) -> Tensor:
+            return super().forward(values)
+
+    layer = Odd(3)
+
+    def forward(model: nn.Module, values: Tensor) -> None:
+        with torch.enable_grad():
+            values.requires_grad_()
+            model(values=values).sum().backward()
+
+    recalibrate_batchnorm(layer, [VALUES.clone()], forward=forward)
+    assert torch.equal(layer.running_mean, VALUES.mean(0))
+    with pytest.raises(distavg.ConfigError, match="a lazy BatchNorm layer has no shape yet"):
+        recalibrate_batchnorm(nn.LazyBatchNorm1d(), [VALUES])
+    averager = Averager(layer, EMA(0.5))
+    averager.step()
+    with averager.applied(), pytest.raises(distavg.StateError, match="gives them to the average"):
+        recalibrate_batchnorm(layer, [VALUES])

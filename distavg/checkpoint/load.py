@@ -100,10 +100,9 @@ class LoadPlan:
         """
         for average in averages:
             if average.name in self.sources:
-                first = {names[0] for names in self.names[average.name].values()}
-                first |= self.statistics[average.name].keys()
+                again = {name for names in self.names[average.name].values() for name in names[1:]}
                 once = [
-                    (file, [each for each in boxes if each[0].fqn in first])
+                    (file, [each for each in boxes if each[0].fqn not in again])
                     for file, boxes in self.reads[average.name]
                 ]
                 self._fill(once, verify=verify)
@@ -114,9 +113,7 @@ class LoadPlan:
             source = self.sources.get(average.name)
             average.num_updates = source.num_updates if source is not None else 0
             average.statistics = self.statistics.get(average.name, {})
-            average.statistics_at = (
-                source.statistics_at if source is not None and average.statistics else None
-            )
+            average.statistics_at = source.statistics_at if source is not None else None
             average.is_warned_of = False
             average.schedule = self.schedules.get(average.name, average.schedule)
             average.damaged = None
@@ -226,11 +223,12 @@ def plan_load(
             schedules[average.name] = Schedule(average.name, rule, clock)
             matched = _match(path, average, source, model_shards)
             _check_tensors(average, source, model_shards, matched, cast=cast)
-            statistics[average.name] = _statistics(source, average, model_shards)
+            memories = _statistics(source, average, model_shards)
+            statistics[average.name] = {fqn: memory for (_, fqn), memory in memories.items()}
             wanted = [(name, s) for s in average.own_shards() for name in matched[s.fqn]]
-            for fqn, memory in statistics[average.name].items():
+            for (saved_name, fqn), memory in memories.items():
                 shape = tuple(memory.shape)
-                wanted.append((fqn, Shard(fqn, Box.whole(shape), shape, memory)))
+                wanted.append((saved_name, Shard(fqn, Box.whole(shape), shape, memory)))
             reads[average.name] = _plan_files(path, manifest, average, source, wanted)
             saved_names[average.name] = matched
     return LoadPlan(path, manifest, sources, schedules, saved_names, reads, statistics)
@@ -302,7 +300,7 @@ def _match(
                 f"checkpoint: leave it out with exclude=[{fqn!r}]"
             )
     known = {name for names in matched.values() for name in names}
-    known |= _statistics(source, average, model_shards).keys()
+    known |= _statistic_names(source, average, model_shards).keys()
     if source.rule.get("kind") == Imported.kind:  # what is averaged is not told from other tensors
         left = {*aliases, *itertools.chain(*aliases.values())} & (source.tensors.keys() - known)
         if left:
@@ -316,19 +314,40 @@ def _match(
     return matched
 
 
-def _statistics(
+def _statistic_names(
     source: SavedAverage, average: Average, model_shards: ModelShards
-) -> dict[str, Tensor]:
-    """Memory for the saved BatchNorm statistics of buffers that are live here, on every rank."""
+) -> dict[str, set[str]]:
+    """Saved BatchNorm statistics of buffers that are live here, and their names here."""
     if source.statistics_at is None:
         return {}
+    here = {
+        name: tensor.fqn
+        for tensor in model_shards.catalogue
+        if tensor.is_buffer and tensor.fqn not in average.dtypes
+        for name in (tensor.fqn, *tensor.aliases)
+    }
+    shapes = {tensor.fqn: tensor.shape for tensor in model_shards.catalogue}
+    names: dict[str, set[str]] = {}
+    for fqn, saved in source.tensors.items():
+        for name in (fqn, *saved.aliases):
+            if name in here and shapes[here[name]] == saved.shape:
+                names.setdefault(fqn, set()).add(here[name])
+    return names
+
+
+def _statistics(
+    source: SavedAverage, average: Average, model_shards: ModelShards
+) -> dict[tuple[str, str], Tensor]:
+    """Memory for such statistics on every rank, by their saved names and those here."""
     return {
-        fqn: torch.empty(saved.shape, dtype=getattr(torch, saved.dtype), device="cpu")
-        for fqn, saved in source.tensors.items()
-        if fqn not in average.dtypes
-        and (tensor := model_shards.by_name.get(fqn)) is not None
-        and tensor.named.is_buffer
-        and tensor.global_shape == saved.shape
+        (saved_name, fqn): torch.empty(
+            source.tensors[saved_name].shape,
+            dtype=getattr(torch, source.tensors[saved_name].dtype),
+            device="cpu",
+        )
+        for saved_name, names in _statistic_names(source, average, model_shards).items()
+        for fqn in sorted(names)
+        if fqn in model_shards.by_name
     }
 
 
