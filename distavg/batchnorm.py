@@ -377,35 +377,24 @@ class _Recorder:
             self._seen[index] = batch.numel() // batch.shape[1], mean, var
 
     def take_up(self) -> None:
-        """Merge what was noted since the last call: (count, mean, M2), all layers at once."""
+        """Merge what was noted since the last call, all layers at once, in fp64."""
         if not self._seen:
             return
+        means = [self._means[index] for index in self._seen]
+        spreads = [self._spreads[index] for index in self._seen]
         counts = [count for count, _, _ in self._seen.values()]
-        means, spreads = (
-            [self_list[index] for index in self._seen] for self_list in (self._means, self._spreads)
-        )
         batch_means, batch_vars = ([torch.empty_like(each) for each in means] for _ in range(2))
         torch._foreach_copy_(batch_means, [mean for _, mean, _ in self._seen.values()])
         torch._foreach_copy_(batch_vars, [var for _, _, var in self._seen.values()])
-        known = [self._counts[index] for index in self._seen]
         if self._is_pooled:
-            totals = [a + b for a, b in zip(known, counts, strict=True)]
-            torch._foreach_sub_(batch_means, means)
-            torch._foreach_mul_(batch_vars, [float(count) for count in counts])
-            torch._foreach_add_(spreads, batch_vars)
-            squares = torch._foreach_mul(batch_means, batch_means)
-            weights = [a * b / c for a, b, c in zip(known, counts, totals, strict=True)]
-            torch._foreach_mul_(squares, weights)
-            torch._foreach_add_(spreads, squares)
-            shares = [b / c for b, c in zip(counts, totals, strict=True)]
-            torch._foreach_mul_(batch_means, shares)
-            torch._foreach_add_(means, batch_means)
+            known = [self._counts[index] for index in self._seen]
+            _pool(means, spreads, known, batch_means, batch_vars, counts)
+        elif 1 in counts:
+            raise ConfigError(
+                "estimator='per_batch': a batch has one value per channel, which has no variance: "
+                "estimator='pooled' counts it"
+            )
         else:
-            if 1 in counts:
-                raise ConfigError(
-                    "estimator='per_batch': a batch has one value per channel, which has no "
-                    "variance: estimator='pooled' counts it"
-                )
             torch._foreach_mul_(batch_vars, [count / (count - 1) for count in counts])
             torch._foreach_add_(spreads, batch_vars)
             torch._foreach_add_(means, batch_means)
@@ -443,6 +432,29 @@ class _Recorder:
             Statistics(*each)
             for each in zip(torch.split(mean, sizes), torch.split(var, sizes), calls, strict=True)
         ]
+
+
+def _pool(
+    means: list[Tensor],
+    spreads: list[Tensor],
+    known: list[int],
+    batch_means: list[Tensor],
+    batch_vars: list[Tensor],
+    counts: list[int],
+) -> None:
+    """Merge (known, means, spreads), of each layer, with a batch's, in place; spreads are M2.
+
+    With d the distance of the means, M2 += var * n + d^2 * N n / (N + n), mean += d * n / (N + n).
+    """
+    pairs = list(zip(known, counts, strict=True))
+    torch._foreach_sub_(batch_means, means)
+    squares = torch._foreach_mul(batch_means, batch_means)
+    torch._foreach_mul_(squares, [a * b / (a + b) for a, b in pairs])
+    torch._foreach_add_(spreads, squares)
+    torch._foreach_mul_(batch_vars, [float(count) for count in counts])
+    torch._foreach_add_(spreads, batch_vars)
+    torch._foreach_mul_(batch_means, [b / (a + b) for a, b in pairs])
+    torch._foreach_add_(means, batch_means)
 
 
 def _per_channel(numbers: Tensor, sizes: Sequence[int]) -> Tensor:
