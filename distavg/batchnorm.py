@@ -75,7 +75,7 @@ def recalibrate_batchnorm(
     While the batches run, everything is in evaluation mode, and BatchNorm normalises with each
     batch's own statistics. Modes, other buffers and PyTorch's RNG states are as before afterwards,
     also if a forward raises; then no statistics change. `num_batches_tracked` becomes the number of
-    batches on all ranks, and momenta stay. Compiled models run uncompiled.
+    the layer's calls with a batch, on all ranks, and momenta stay. Compiled models run uncompiled.
 
     Ranks that hold one batch together (tensor parallelism) each count it. A rank that is done waits
     for the others as long as gloo waits. One that raises within a forward that communicates leaves

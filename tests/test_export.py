@@ -123,16 +123,15 @@ def test_while_it_is_applied_the_average_is_exported(tmp_path: Path) -> None:
     assert differences(found, expected) == []
 
 
+def tiny_llama(**options: Any) -> Any:
+    transformers: Any = importlib.import_module("transformers")
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24}
+    return transformers.LlamaConfig(**sizes, num_attention_heads=2, **options)
+
+
 def test_transformers_loads_what_an_averager_exports(tmp_path: Path) -> None:
     transformers: Any = importlib.import_module("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        tie_word_embeddings=True,
-    )
+    config = tiny_llama(num_hidden_layers=2, tie_word_embeddings=True)
     model = transformers.AutoModelForCausalLM.from_config(config)
     averager = Averager(model, EMA(0.5))
     averager.step()
@@ -233,13 +232,7 @@ def test_each_rank_writes_its_part(layout: str, size: int, tmp_path: Path) -> No
 
 def export_a_transformer(root: str) -> str:
     transformers: Any = importlib.import_module("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-    )
+    config = tiny_llama(num_hidden_layers=1)
     model = fully_shard(transformers.LlamaForCausalLM(config))
     Averager(model, EMA(0.5)).export(f"{root}/out")
     return str(json.loads(Path(root, "out", "config.json").read_text())["architectures"])
