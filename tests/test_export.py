@@ -147,14 +147,7 @@ def test_transformers_loads_what_an_averager_exports(tmp_path: Path) -> None:
 def test_the_configuration_is_that_of_what_is_written(dtype: str | None, tmp_path: Path) -> None:
     """A bf16 model has an fp32 average, which transformers must not round when it loads it."""
     transformers: Any = importlib.import_module("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        dtype="bfloat16",
-    )
+    config = tiny_llama(num_hidden_layers=1, dtype="bfloat16")
     model = transformers.LlamaForCausalLM(config).bfloat16()
     averager = Averager(model, EMA(0.5))
     averager.step()
