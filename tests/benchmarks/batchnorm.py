@@ -60,4 +60,4 @@ def counted(name: str, seen: Counter[str]) -> Any:
 
 
 if __name__ == "__main__":
-    measure.main(__doc__, ["64 pixels", "128 pixels"], compare, default_rounds=9)
+    measure.main(__doc__, ["64 pixels", "128 pixels", "224 pixels"], compare, default_rounds=9)
