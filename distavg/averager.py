@@ -398,6 +398,7 @@ class Averager:
                 self._shards.model,
                 batches,
                 self._comm,
+                applied=average.name,
                 forward=forward,
                 max_batches=max_batches,
                 estimator=estimator,

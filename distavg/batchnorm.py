@@ -103,18 +103,11 @@ def recalibrate_batchnorm(
         StateError: An average is applied to the model.
         DistavgError: A rank's batches or forward raised; its own exception is raised there.
     """
-    comm = Comm(process_group)
-    with comm.together("recalibrating BatchNorm"):
-        face = Wrapped(model).face
-        if face is not None and face.average is not None:
-            raise StateError(
-                f"inside applied({face.average!r}) the model's statistics are put back at the end: "
-                "Averager.recalibrate_batchnorm gives them to the average"
-            )
     found = measure_batchnorm(
         model,
         batches,
-        comm,
+        Comm(process_group),
+        applied=None,
         forward=forward,
         max_batches=max_batches,
         estimator=estimator,
@@ -178,12 +171,16 @@ def measure_batchnorm(
     batches: Iterable[Any],
     comm: Comm,
     *,
+    applied: str | None,
     forward: Forward | None,
     max_batches: int | None,
     estimator: str,
     frozen: bool,
 ) -> dict[_BatchNorm, Statistics]:
-    """The statistics that `recalibrate_batchnorm` writes, of all layers called. Collective."""
+    """The statistics that `recalibrate_batchnorm` writes, of all layers called. Collective.
+
+    Args as there; `applied` is the average that the caller has put in place, if any.
+    """
     doing = "recalibrating BatchNorm"
     with comm.together(doing) as vote:
         if estimator not in ("pooled", "per_batch"):
@@ -193,6 +190,12 @@ def measure_batchnorm(
         if forward is None and not isinstance(model, nn.Module):
             raise ConfigError("a mapping of modules needs forward=, which is called with it")
         wrapped = Wrapped(model)
+        face = wrapped.face
+        if face is not None and face.average not in (None, applied):
+            raise StateError(
+                f"inside applied({face.average!r}) the model's statistics are put back at the "
+                "end: Averager.recalibrate_batchnorm gives them to the average"
+            )
         wrapped.reshard()
         layers = _layers(wrapped, frozen=frozen)
         recorder = _Recorder(layers, is_pooled=estimator == "pooled")
@@ -363,10 +366,10 @@ class _Recorder:
             for handle in handles:
                 handle.remove()
 
-    @torch.no_grad()
     def _look(self, index: int, batch: Tensor) -> None:
         if not batch.numel():
             return
+        batch = batch.detach()  # `forward` may have turned gradients on
         layer, dtype = self._layers[index], self._dtypes[index]
         mean, var = _moments(batch if batch.dtype.itemsize > 2 else batch.float())
         layer._buffers["running_mean"] = mean.to(dtype)
