@@ -1,29 +1,31 @@
-"""Averages: a rule, its counter, and this rank's shards; and the pass that updates them.
+"""Averages: a rule, its counter, and this rank's shards.
 
-Updating never communicates. An average before its first update reads as the live weights.
+An average before its first update reads as the live weights.
 """
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from distavg.errors import ConfigError
-from distavg.foreach import Blend, Lerp
+from distavg.foreach import Blend
 from distavg.rules import Custom, Rule
 from distavg.schedule import Schedule
 from distavg.shards import GlobalTensor, ModelShards
+from distavg.streams import host_tensors
 from distavg.tensors import LiveTensor, Shard
 
-__all__ = ["Average", "Updates"]
+__all__ = ["Average", "is_exchanged"]
 
 
 class Average:
     """A running average of the live weights, as this rank holds it.
 
-    Memory is taken here: one tensor beside each owned shard of the live weights.
+    Memory is taken here: one tensor for each owned shard of the live weights, beside it or in
+    host memory, pinned where there is an accelerator.
 
     Attributes:
         schedule: Its name, its rule and when it updates.
@@ -37,16 +39,24 @@ class Average:
         statistics: BatchNorm buffers of its own, whole and alike on every rank, by canonical name.
         statistics_at: How many updates had been made when they were measured; None if never.
         is_warned_of: Whether it was said that they are older than the average.
+        on_host: Whether it lies in host memory, wherever the live weights are.
+        wait: Waits for updates under way, of this and the model's other averages.
 
     Args:
         schedule: The rule under the averager's clock.
         model_shards: The live tensors.
         dtype: The dtype to average floating tensors in; None for fp32 in place of bf16 and fp16,
             and each tensor's own otherwise.
+        on_host: See above.
     """
 
     def __init__(
-        self, schedule: Schedule, model_shards: ModelShards, *, dtype: torch.dtype | None
+        self,
+        schedule: Schedule,
+        model_shards: ModelShards,
+        *,
+        dtype: torch.dtype | None,
+        on_host: bool = False,
     ) -> None:
         if dtype is not None and not dtype.is_floating_point:
             raise ConfigError(f"average {schedule.name!r}: dtype={dtype} is not a floating dtype")
@@ -58,6 +68,8 @@ class Average:
         self.statistics: dict[str, Tensor] = {}
         self.statistics_at: int | None = None
         self.is_warned_of = False
+        self.on_host = on_host
+        self.wait: Callable[[], None] = lambda: None
         self._dtype = dtype
         self.dtypes: dict[str, torch.dtype] = {}
         self.live: Sequence[Shard] = ()
@@ -74,15 +86,28 @@ class Average:
         """
         self.learn_dtypes(model_shards)
         known = {(s.fqn, s.box): t for s, t in zip(self.live, self.tensors, strict=True)}
-        tensors: list[Tensor] = []
-        for shard in model_shards.owned:
-            live, tensor = shard.tensor, known.get((shard.fqn, shard.box))
-            if tensor is None:
-                tensor = torch.empty_like(live, dtype=self.dtypes[shard.fqn])
-                if self.num_updates:
-                    tensor.copy_(live)
-            tensors.append(tensor.to(live.device))
+        new = [shard for shard in model_shards.owned if (shard.fqn, shard.box) not in known]
+        known |= zip([(shard.fqn, shard.box) for shard in new], self._taken(new), strict=True)
+        tensors = [known[shard.fqn, shard.box] for shard in model_shards.owned]
+        if not self.on_host:
+            tensors = [
+                tensor.to(shard.tensor.device)
+                for tensor, shard in zip(tensors, model_shards.owned, strict=True)
+            ]
         self.live, self.tensors = model_shards.owned, tensors
+
+    def _taken(self, shards: Sequence[Shard]) -> list[Tensor]:
+        """Memory for the average of these shards."""
+        lives = [shard.tensor for shard in shards]
+        dtypes = [self.dtypes[shard.fqn] for shard in shards]
+        if self.on_host:
+            tensors = host_tensors([live.shape for live in lives], dtypes)
+        else:
+            pairs = zip(lives, dtypes, strict=True)
+            tensors = [torch.empty_like(live, dtype=dtype) for live, dtype in pairs]
+        if self.num_updates and tensors:
+            torch._foreach_copy_(tensors, lives)
+        return tensors
 
     def learn_dtypes(self, model_shards: ModelShards) -> None:
         """Settle the dtype of each tensor that is held, and keep it from then on."""
@@ -121,6 +146,7 @@ class Average:
 
     def own_shards(self) -> list[Shard]:
         """This rank's part of the average: views of the average's own memory."""
+        self.wait()
         return [
             Shard(live.fqn, live.box, live.global_shape, tensor)
             for live, tensor in zip(self.live, self.tensors, strict=True)
@@ -129,7 +155,8 @@ class Average:
     def shards(self) -> list[Shard]:
         """This rank's part of the average: views to be read, wherever the values are now.
 
-        While the average is applied, the views lead into the live weights' storage.
+        While the average is applied, the views lead into the live weights' storage. Updates under
+        way are waited for; later ones change the values.
         """
         self.settle()
         return [
@@ -159,50 +186,6 @@ class Average:
         if self.num_updates == 0 and self.tensors:
             with torch.no_grad():
                 torch._foreach_copy_(self.tensors, [live.tensor for live in self.live])
-
-
-class Updates:
-    """Updates some of several averages in one pass over the live weights.
-
-    Args:
-        averages: Averages of one model.
-        model_shards: Its live tensors.
-        buffers: `"live"`, `"copied"` or `"averaged"`: what updates do to floating buffers.
-    """
-
-    def __init__(
-        self, averages: Sequence[Average], model_shards: ModelShards, *, buffers: str
-    ) -> None:
-        self._averages = averages
-        self._buffers = buffers
-        self.follow(model_shards)
-
-    @torch.inference_mode(mode=False)
-    def follow(self, model_shards: ModelShards) -> None:
-        """Take up what `ModelShards.follow` found, in all averages. Not collective."""
-        for average in self._averages:
-            average.follow(model_shards)
-        averaged: list[int] = []
-        copied: list[int] = []
-        for index, shard in enumerate(model_shards.owned):
-            is_copied = model_shards.by_name[shard.fqn].named.is_buffer and not (
-                self._buffers == "averaged" and shard.tensor.is_floating_point()
-            )
-            (copied if is_copied else averaged).append(index)
-        self._averaged, self._copied = (
-            Lerp(
-                [[average.tensors[i] for i in indices] for average in self._averages],
-                [model_shards.owned[i].tensor for i in indices],
-            )
-            for indices in (averaged, copied)
-        )
-
-    def run(self, due: Collection[Average]) -> None:
-        """Update these averages, now. No communication, no device synchronisation."""
-        self._averaged([each.blend if each in due else None for each in self._averages])
-        self._copied([1.0 if each in due else None for each in self._averages])
-        for average in due:
-            average.num_updates += 1
 
 
 def is_exchanged(live: Tensor, average: Tensor) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from distavg.average import Average, Updates
+from distavg.average import Average
 from distavg.batchnorm import Forward, keep_statistics, measure_batchnorm
 from distavg.checkpoint.export import export_average, export_dtype, parse_size
 from distavg.checkpoint.load import planned_load
@@ -45,6 +45,7 @@ from distavg.schedule import Clock, Position, Schedule
 from distavg.shards import ModelShards
 from distavg.state import load_state, state
 from distavg.swap import applied, make_permanent
+from distavg.updates import Updates
 from distavg.wrappers import Face, Model, Wrapped
 
 __all__ = ["Averager"]
@@ -68,7 +69,9 @@ class Averager:
         clock: The length of epochs and of the run, for times in `ep` and `dur`.
         dtype: The dtype of the averages, one or a mapping by name. None: fp32 for bf16 and fp16
             parameters, otherwise the parameter's own.
-        device: None: beside the parameters. Averages in host memory come with a later release.
+        device: One or a mapping by name. None: beside the parameters. `"cpu"`: in host memory,
+            pinned where there is an accelerator, and updated by a thread off the critical path,
+            from copies of the live weights; takes two of those in host memory.
         process_group: The ranks that hold parts of the model; None for all.
         replicas: The ranks that hold identical plain parameters; found without help for DDP,
             FSDP1 and DTensors. Plain ones under a process group without it are averaged whole on
@@ -104,7 +107,7 @@ class Averager:
         *,
         clock: Clock | None = None,
         dtype: torch.dtype | Mapping[str, torch.dtype | None] | None = None,
-        device: torch.device | str | None = None,
+        device: torch.device | str | Mapping[str, torch.device | str | None] | None = None,
         process_group: dist.ProcessGroup | None = None,
         replicas: dist.ProcessGroup | None = None,
         shard_replicas: bool = True,
@@ -123,7 +126,7 @@ class Averager:
         self._broken: str | None = None
         self._saving: SaveHandle | None = None  # the last one in the background
         self._is_behind = False  # the model has changed, and not every average has followed
-        self._hooks = OptimizerHooks(self.step)
+        self._hooks = OptimizerHooks(self._step_beside, lambda: self._updates.release())
         with self._comm.together("building an Averager"):
             _check_arguments(rules, clock=clock, dtype=dtype, device=device, buffers=buffers)
             schedules = [Schedule(name, rule, self._clock) for name, rule in rules.items()]
@@ -146,7 +149,8 @@ class Averager:
                 schedule.name: Average(
                     schedule,
                     self._shards,
-                    dtype=dtype.get(schedule.name) if isinstance(dtype, Mapping) else dtype,
+                    dtype=_of(schedule.name, dtype),
+                    on_host=_of(schedule.name, device) is not None,
                 )
                 for schedule in schedules
             }
@@ -197,16 +201,25 @@ class Averager:
     def step(self) -> None:
         """One optimizer step has passed: update the averages that are due. No communication.
 
+        The update is queued on the current stream. That of an attached optimizer's step runs beside
+        training on a stream of its own, and is done before the optimizer's next step.
+
         Raises:
-            StateError: An average is applied at the moment.
+            StateError: An average is applied at the moment; or a CUDA graph is being captured.
             ModelMismatch: A tensor was removed from the model, or has another shape.
         """
+        self._step(beside=False)
+
+    def _step_beside(self) -> None:
+        self._step(beside=True)
+
+    def _step(self, *, beside: bool) -> None:
         self._check_idle("step()")
         before, after = self._position, self._clock.after_step(self._position)
         due = [a for a in self._averages.values() if a.schedule.due(before, after)]
         if due:
             self._look()
-            self._updates.run(due)
+            self._updates.run(due, beside=beside)
         self._position = after
 
     def update(self, name: str | None = None) -> None:
@@ -238,9 +251,15 @@ class Averager:
     def synchronize(self) -> None:
         """Wait for updates still under way, before weights are edited by hand.
 
-        Updates are queued on the stream that is current at the step; on the CPU they are done
-        when `step` returns.
+        On an accelerator the update of an attached optimizer's step reads the weights until the
+        optimizer's next one: what else writes to them in between (clipping, `load_state_dict`)
+        comes after this. On the CPU updates are done when the step returns, but for averages in
+        host memory, which this waits for, too.
+
+        Raises:
+            StateError: An update in host memory has failed.
         """
+        self._updates.join()
         for device in {shard.tensor.device for shard in self._shards.owned} - {_CPU}:
             torch.accelerator.synchronize(device)
 
@@ -660,6 +679,9 @@ class Averager:
     def metrics(self, *, distance: bool = False) -> dict[str, float]:
         """Counters, weights and bytes on this rank, by `<average>/<metric>`.
 
+        `offload_waits`: how many updates in host memory found both copies of the live weights in
+        use, so that training waited; if it grows, the host is slower than the update interval.
+
         Args:
             distance: Also the Euclidean distance between the average and the live weights, over
                 all ranks, and that relative to the live weights' norm. Collective: one
@@ -672,6 +694,8 @@ class Averager:
             metrics[f"{name}/num_updates"] = average.num_updates
             metrics[f"{name}/next_weight"] = average.weight
             metrics[f"{name}/bytes"] = average.nbytes
+            if average.on_host:
+                metrics["offload_waits"] = self._updates.num_waits
             if distance:
                 self._check_idle("metrics(distance=True)")
                 squares = self._comm.gather(squared_distance(average, self._shards), "metrics()")
@@ -771,6 +795,7 @@ class Averager:
             raise StateError(self._shards.lost)
         with self._comm.together(doing) as vote:
             check()
+            self._updates.join()
             self._follow()
             vote.answer = self._shards.digest
         self._shards.catalogue_everywhere(vote.answers)
@@ -808,6 +833,11 @@ class Averager:
             )
 
 
+def _of(name: str, given: Any) -> Any:
+    """An option of one average, of one for all or of a mapping by name."""
+    return given.get(name) if isinstance(given, Mapping) else given
+
+
 def _check_arguments(
     rules: Mapping[str, Rule], *, clock: object, dtype: object, device: object, buffers: str
 ) -> None:
@@ -818,16 +848,21 @@ def _check_arguments(
             raise ConfigError(f"average {name!r}: {rule!r} is not a rule such as EMA() or SWA()")
         if type(name) is not str or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII):
             raise ConfigError(f"average {name!r}: a name is letters, digits, '_', '-' and '.'")
-    if isinstance(dtype, Mapping) and (unknown := set(dtype) - set(rules)):
-        raise ConfigError(f"Averager: dtype names {sorted(unknown)}, the averages {list(rules)}")
+    for option, given in (("dtype", dtype), ("device", device)):
+        if isinstance(given, Mapping) and (unknown := set(given) - set(rules)):
+            raise ConfigError(
+                f"Averager: {option} names {sorted(unknown)}, the averages {list(rules)}"
+            )
     for each in dtype.values() if isinstance(dtype, Mapping) else [dtype]:
         if each is not None and not isinstance(each, torch.dtype):
             raise ConfigError(f"Averager: dtype={each!r} is not a torch.dtype")
     if clock is not None and not isinstance(clock, Clock):
         raise ConfigError(f"Averager: clock={clock!r} is not a Clock")
-    if device is not None:
-        raise UnsupportedError(
-            f"Averager: device={device!r}: averages lie beside the parameters in this release"
-        )
+    for each in device.values() if isinstance(device, Mapping) else [device]:
+        if each is not None and str(each) != "cpu":
+            raise UnsupportedError(
+                f"Averager: device={each!r}: averages lie beside the parameters (None) or in host "
+                "memory ('cpu')"
+            )
     if buffers not in ("live", "copied", "averaged"):
         raise ConfigError(f"Averager: buffers={buffers!r} is not 'live', 'copied' or 'averaged'")

@@ -6,13 +6,25 @@ notices. The arithmetic is elementwise: its result does not depend on how a tens
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from distavg.layout import range_boxes
 
-__all__ = ["Blend", "Exchange", "Lerp", "as_bytes", "checksum", "chunks"]
+__all__ = [
+    "Blend",
+    "Exchange",
+    "Lerp",
+    "Table",
+    "as_bytes",
+    "checksum",
+    "chunk_elements",
+    "chunks",
+    "laid_out",
+    "packed",
+]
 
 # Size of one chunk where data passes through a temporary. On a CPU the temporary should stay in
 # a core's L2 cache; on an accelerator a chunk must run well past the launch of its kernels.
@@ -26,6 +38,18 @@ _ACCELERATOR_CHUNK_BYTES = 2**25
 # What an update does to an average: the weight of the live tensors, or a function that changes the
 # tensors of its first list in place by those of its second.
 Blend = float | Callable[[list[Tensor], list[Tensor]], object]
+
+
+class Table(NamedTuple):
+    """Tensors that are averaged alike.
+
+    Attributes:
+        averages: For each average, tensors of the shapes of `lives`.
+        lives: The live tensors, of any dtype.
+    """
+
+    averages: Sequence[Sequence[Tensor]]
+    lives: Sequence[Tensor]
 
 
 class Lerp:
@@ -47,6 +71,13 @@ class Lerp:
             key = tensors[0].device, *(tensor.dtype for tensor in tensors)
             alike.setdefault(key, []).append(tensors)
         self._blocks = [block for rows in alike.values() for block in _blocks(rows)]
+
+    @property
+    def temporaries(self) -> list[Tensor]:
+        """The memory that values of another dtype pass through."""
+        return [
+            part for block in self._blocks for parts in block.buffers.values() for part in parts
+        ]
 
     @torch.no_grad()
     def __call__(self, blends: Sequence[Blend | None]) -> None:
@@ -87,38 +118,21 @@ def _blocks(rows: Sequence[tuple[Tensor, ...]]) -> Iterator[_Block]:
     live = rows[0][0]
     others = {average.dtype for average in rows[0][1:]} - {live.dtype}
     if others:  # the buffer should stay in the cache until the averages have read it
-        limit = min(_chunk_elements(live.device, dtype) for dtype in others)
+        limit = min(chunk_elements(live.device, dtype) for dtype in others)
     elif live.device.type == "cpu" and len(rows[0]) > 2:  # several averages
         limit = _CPU_BLOCK_BYTES // live.itemsize
     else:
         limit = sum(row[0].numel() for row in rows)
     limit = max(limit, 1)
     buffers = {dtype: torch.empty(limit, dtype=dtype, device=live.device) for dtype in others}
-    bucket: list[tuple[Tensor, ...]] = []
-    used = 0
-    for row in rows:
-        for part in chunks(row, limit):
-            if used + part[0].numel() > limit:
-                yield _block(bucket, buffers)
-                bucket, used = [], 0
-            bucket.append(part)
-            used += part[0].numel()
-    yield _block(bucket, buffers)
+    for bucket in packed(rows, limit):
+        yield _block(bucket, buffers)
 
 
 def _block(rows: Sequence[tuple[Tensor, ...]], buffers: Mapping[torch.dtype, Tensor]) -> _Block:
     lives, *averages = (list(column) for column in zip(*rows, strict=True))
-    sizes = [live.numel() for live in lives]
     return _Block(
-        lives,
-        averages,
-        {
-            dtype: [
-                part.view(live.shape)
-                for part, live in zip(torch.split(buffer[: sum(sizes)], sizes), lives, strict=True)
-            ]
-            for dtype, buffer in buffers.items()
-        },
+        lives, averages, {dtype: laid_out(lives, flat) for dtype, flat in buffers.items()}
     )
 
 
@@ -130,7 +144,8 @@ class Exchange:
     way back takes the batches in reverse, so that tensors that share memory come back, too.
 
     Args:
-        pairs: Tensors of equal shapes, all of one dtype and device.
+        pairs: Tensors of equal shapes and one dtype, the first of each all on one device, where
+            the buffer is, and the second all on one device.
     """
 
     def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -138,18 +153,11 @@ class Exchange:
         self._batches: list[tuple[list[Tensor], list[Tensor], list[Tensor]]] = []
         if not pairs:
             return
-        limit = _chunk_elements(pairs[0][0].device, pairs[0][0].dtype)
-        parts = [part for pair in pairs for part in chunks(pair, limit)]
-        buffer = pairs[0][0].new_empty(min(limit, sum(a.numel() for a, _ in parts)))
-        used = 0
-        for a, b in parts:
-            if not self._batches or used + a.numel() > limit:
-                self._batches.append(([], [], []))
-                used = 0
-            saved = buffer[used : used + a.numel()].view(a.shape)
-            used += a.numel()
-            for tensors, tensor in zip(self._batches[-1], (saved, a, b), strict=True):
-                tensors.append(tensor)
+        limit = chunk_elements(pairs[0][0].device, pairs[0][0].dtype)
+        buffer = pairs[0][0].new_empty(min(limit, sum(a.numel() for a, _ in pairs)))
+        for batch in packed(pairs, limit):
+            a, b = (list(column) for column in zip(*batch, strict=True))
+            self._batches.append((laid_out(a, buffer), a, b))
 
     def go(self) -> None:
         """Do what is left of the way there."""
@@ -186,6 +194,30 @@ def chunks(tensors: tuple[Tensor, ...], max_elements: int) -> Iterator[tuple[Ten
                 yield tuple(tensor[box.slices()] for tensor in tensors)
 
 
+def packed(
+    rows: Sequence[tuple[Tensor, ...]], max_elements: int
+) -> Iterator[list[tuple[Tensor, ...]]]:
+    """Rows of corresponding tensors, cut where need be, in batches of at most `max_elements`."""
+    batch: list[tuple[Tensor, ...]] = []
+    used = 0
+    for row in rows:
+        for part in chunks(row, max_elements):
+            if batch and used + part[0].numel() > max_elements:
+                yield batch
+                batch, used = [], 0
+            batch.append(part)
+            used += part[0].numel()
+    if batch:
+        yield batch
+
+
+def laid_out(tensors: Sequence[Tensor], flat: Tensor) -> list[Tensor]:
+    """Views of a flat tensor, one after another, in the shapes of tensors that fit in there."""
+    sizes = [tensor.numel() for tensor in tensors]
+    parts = torch.split(flat[: sum(sizes)], sizes)
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
 def checksum(tensor: Tensor) -> int:
     """A 64-bit sum over a tensor's bits, computed where the tensor lies: equal bits, equal sum.
 
@@ -205,6 +237,7 @@ def as_bytes(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
-def _chunk_elements(device: torch.device, dtype: torch.dtype) -> int:
+def chunk_elements(device: torch.device, dtype: torch.dtype) -> int:
+    """How many elements pass through a temporary at once."""
     limit = _CPU_CHUNK_BYTES if device.type == "cpu" else _ACCELERATOR_CHUNK_BYTES
-    return limit // dtype.itemsize
+    return max(limit // dtype.itemsize, 1)

@@ -174,6 +174,6 @@ def squared_distance(average: Average, model_shards: ModelShards) -> tuple[float
         if model_shards.is_counted(live.fqn) and live.tensor.is_floating_point():
             for part, other in chunks((live.tensor, shard.tensor), _DISTANCE_CHUNK):
                 wide = part.double()
-                apart += (wide - other).square().sum().item()
+                apart += (wide - other.to(wide.device)).square().sum().item()
                 norm += wide.square().sum().item()
     return apart, norm

@@ -19,10 +19,12 @@ class OptimizerHooks:
 
     Args:
         on_step: Called after the step that completes a round.
+        before_step: Called before each step, which writes to the weights.
     """
 
-    def __init__(self, on_step: Callable[[], None]) -> None:
+    def __init__(self, on_step: Callable[[], None], before_step: Callable[[], None]) -> None:
         self._on_step = on_step
+        self._before_step = before_step
         self._attached: list[Optimizer] = []
         self._stepped: list[Optimizer] = []
         self._last: Optimizer | None = None  # the one that steps last in a round
@@ -67,7 +69,14 @@ class OptimizerHooks:
                 )
         self._attached += inner
         self._last = None
-        handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in inner]
+        handles = [
+            handle
+            for optimizer in inner
+            for handle in (
+                optimizer.register_step_pre_hook(lambda *_: self._before_step()),
+                optimizer.register_step_post_hook(self._after_step),
+            )
+        ]
         return _Attachment(handles, lambda: self._detach(inner))
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

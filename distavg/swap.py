@@ -206,7 +206,7 @@ class _Swap:
         kept: list[tuple[Tensor, Tensor]] = []
         for live, average in zip(self._average.live, self._average.tensors, strict=True):
             if is_exchanged(live.tensor, average):
-                key = average.device, average.dtype
+                key = live.tensor.device, average.dtype
                 exchanged.setdefault(key, []).append((live.tensor, average))
             else:
                 kept.append((live.tensor, average))
@@ -246,11 +246,11 @@ class _Move(Protocol):
 
 
 class _Kept:
-    """The live values wait in copies, because their averages have another dtype."""
+    """The live values wait in copies, beside their averages, which have another dtype."""
 
     def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         self._lives, self._averages = [live for live, _ in pairs], [each for _, each in pairs]
-        self._copies = [live.clone() for live in self._lives]
+        self._copies = [live.to(average.device, copy=True) for live, average in pairs]
 
     def go(self) -> None:
         self._copy(self._averages)

@@ -365,11 +365,6 @@ def test_arguments_that_cannot_be(arguments: dict[str, Any], message: str) -> No
         Averager(nn.Linear(1, 1), **{"rules": EMA(), **arguments})
 
 
-def test_what_comes_with_a_later_release_says_so() -> None:
-    with pytest.raises(UnsupportedError, match="averages lie beside the parameters"):
-        Averager(nn.Linear(1, 1), EMA(), device="cpu")
-
-
 def refused_on_one_rank(what: str) -> str:
     model = build("ddp", Awkward)
     is_odd = dist.get_rank() == 1

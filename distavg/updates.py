@@ -1,0 +1,155 @@
+"""The pass that updates averages, where they lie and when the devices come to it.
+
+Updating never communicates, and the host never waits for a device. An update beside training runs
+on streams of its own, after the optimizer's kernels: the next forward and backward hide it, and the
+next optimizer step, which overwrites the live weights, comes after it.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+
+from distavg.average import Average
+from distavg.errors import StateError
+from distavg.foreach import Blend, Lerp, Table
+from distavg.offload import Offload
+from distavg.shards import ModelShards
+from distavg.streams import SideStreams
+
+__all__ = ["Updates"]
+
+
+class Updates:
+    """Updates some of several averages in one pass over the live weights.
+
+    Args:
+        averages: Averages of one model.
+        model_shards: Its live tensors.
+        buffers: `"live"`, `"copied"` or `"averaged"`: what updates do to floating buffers.
+    """
+
+    def __init__(
+        self, averages: Sequence[Average], model_shards: ModelShards, *, buffers: str
+    ) -> None:
+        self._averages = averages
+        self._buffers = buffers
+        self._streams = SideStreams(())
+        self._offload: Offload | None = None
+        for average in averages:
+            average.wait = self.join
+        self.follow(model_shards)
+
+    @property
+    def num_waits(self) -> int:
+        """How many updates in host memory had to wait for one before them."""
+        return self._offload.num_waits if self._offload is not None else 0
+
+    @torch.inference_mode(mode=False)
+    def follow(self, model_shards: ModelShards) -> None:
+        """Take up what `ModelShards.follow` found, in all averages. Not collective."""
+        self.join()
+        for average in self._averages:
+            average.follow(model_shards)
+        averaged: list[int] = []
+        copied: list[int] = []
+        for index, shard in enumerate(model_shards.owned):
+            is_copied = model_shards.by_name[shard.fqn].named.is_buffer and not (
+                self._buffers == "averaged" and shard.tensor.is_floating_point()
+            )
+            (copied if is_copied else averaged).append(index)
+        lives = [shard.tensor for shard in model_shards.owned]
+        self._streams = SideStreams(live.device for live in lives)
+
+        def tables(averages: Sequence[Average]) -> list[Table]:
+            return [
+                Table(
+                    [[each.tensors[i] for i in rows] for each in averages], [lives[i] for i in rows]
+                )
+                for rows in (averaged, copied)
+            ]
+
+        resident = [average for average in self._averages if not average.on_host]
+        self._lerps = [Lerp(*table) for table in tables(resident)] if resident else []
+        self._streams.use(lives)
+        self._streams.use(tensor for average in resident for tensor in average.tensors)
+        self._streams.use(tensor for lerp in self._lerps for tensor in lerp.temporaries)
+        if offloaded := [average for average in self._averages if average.on_host]:
+            num_waits = self.num_waits
+            self._offload = None  # its memory is free before more is taken
+            self._offload = Offload(tables(offloaded), self._streams)
+            self._offload.num_waits = num_waits
+
+    def run(self, due: Collection[Average], *, beside: bool = False) -> None:
+        """Update these averages. No communication, no waiting for a device.
+
+        Args:
+            due: Which.
+            beside: Beside training, where there is an accelerator: `release` comes before the live
+                weights are written to. Not with buffers, which the next forward may write to.
+
+        Raises:
+            StateError: In the capture of a CUDA graph; or an earlier update has failed.
+        """
+        if self._streams.is_capturing:
+            raise StateError(
+                "an update inside the capture of a CUDA graph would be replayed with this moment's "
+                "weight: capture the optimizer without it (detach it), and call step() after each "
+                "replay"
+            )
+        is_beside = beside and self._buffers == "live" and bool(self._streams)
+        if not is_beside:
+            self._streams.join()
+        with self._streams.forked() if is_beside else nullcontext():
+            if self._is_any(due, on_host=False):
+                for lerp, blends in zip(self._lerps, self._blends(due, on_host=False), strict=True):
+                    lerp(blends)
+            if self._offload is not None and self._is_any(due, on_host=True):
+                with self._guarded():
+                    self._offload.run(self._blends(due, on_host=True))
+        for average in due:
+            average.num_updates += 1
+
+    @staticmethod
+    def _is_any(due: Collection[Average], *, on_host: bool) -> bool:
+        return any(average.on_host == on_host for average in due)
+
+    def _blends(
+        self, due: Collection[Average], *, on_host: bool
+    ) -> tuple[Sequence[Blend | None], Sequence[Blend | None]]:
+        """What the averages of one place do with each table's tensors; see `follow`."""
+        averages = [average for average in self._averages if average.on_host == on_host]
+        return (
+            [each.blend if each in due else None for each in averages],
+            [1.0 if each in due else None for each in averages],
+        )
+
+    def release(self) -> None:
+        """Whatever is queued from now on may write to the live weights. The host does not wait."""
+        self._streams.join()
+
+    def join(self) -> None:
+        """Wait for all updates: the host for those in host memory, devices for their own.
+
+        Raises:
+            StateError: One has failed.
+        """
+        self.release()
+        if self._offload is not None:
+            with self._guarded():
+                self._offload.join()
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """If an update fails in its thread, nobody knows how far it came."""
+        try:
+            yield
+        except Exception as error:
+            for average in self._averages:
+                if average.on_host:
+                    average.damaged = (
+                        f"average {average.name!r}: an update in host memory failed "
+                        f"({type(error).__name__}: {error}), so that its values are a mixture: "
+                        "load a checkpoint, or build a new Averager"
+                    )
+            raise StateError(next(filter(None, (a.damaged for a in self._averages)))) from error
