@@ -17,6 +17,26 @@ import torch.distributed as dist
 from distavg import __version__
 
 
+def device() -> torch.device:
+    """The accelerator, where there is one."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def synchronize() -> None:
+    """Wait for what is queued on the accelerator."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def join(local_rank: int, **options: Any) -> None:
+    """Join the process group of this job, on this rank's accelerator where there is one."""
+    if torch.accelerator.is_available():
+        torch.accelerator.set_device_index(local_rank)
+        dist.init_process_group(**options)  # gloo on the CPU, and the accelerator's own
+    else:
+        dist.init_process_group("gloo", **options)
+
+
 def rounds(contestants: Mapping[str, Callable[[], object]], count: int) -> dict[str, list[float]]:
     """Seconds of every contestant in each of `count` rounds, after two that do not count.
 
@@ -30,8 +50,10 @@ def rounds(contestants: Mapping[str, Callable[[], object]], count: int) -> dict[
         for name in order:
             if dist.is_initialized():
                 dist.barrier()
+            synchronize()
             begin = time.perf_counter()
             contestants[name]()
+            synchronize()
             spent = torch.tensor(time.perf_counter() - begin, dtype=torch.float64)
             if dist.is_initialized():
                 dist.all_reduce(spent, dist.ReduceOp.MAX)
@@ -60,11 +82,11 @@ def rows(seconds: Mapping[str, list[float]], against: str) -> list[dict[str, Any
 def report(title: str, table: list[dict[str, Any]], against: str) -> None:
     """Print one table."""
     print(f"\n{title}")
-    print(f"{'':34}{'median ms':>10}{'quartiles':>18}{'/ ' + against:>26}")
+    print(f"{'':34}{'median ms':>10}{'quartiles':>21}{'/ ' + against:>26}")
     for row in table:
         low, high = row["quartiles_ms"]
         spread = f"{low:.2f} to {high:.2f}"
-        print(f"{row['what']:34}{row['median_ms']:10.2f}{spread:>18}{row['ratio']:26.2f}", end="")
+        print(f"{row['what']:34}{row['median_ms']:10.2f}{spread:>21}{row['ratio']:26.2f}", end="")
         print("".join(f"  {k}={v:,}" for k, v in row.items() if k.startswith("bytes")))
 
 
@@ -77,6 +99,7 @@ def machine() -> dict[str, Any]:
         model = names[0].partition(":")[2].strip() if names else model
     return {
         "cpu": model,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else device().type,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "ranks": dist.get_world_size() if dist.is_initialized() else 1,
@@ -99,7 +122,7 @@ def main(
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if dist.is_torchelastic_launched():
-        dist.init_process_group("gloo")
+        join(int(os.environ["LOCAL_RANK"]))
     results = {name: compare(name, arguments.rounds) for name in names}
     if not dist.is_initialized() or dist.get_rank() == 0:
         print("\n" + ", ".join(f"{key}: {value}" for key, value in machine().items()))

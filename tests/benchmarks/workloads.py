@@ -39,6 +39,38 @@ def vit_b_16() -> Shapes:
     return [(1, 1, d), (d, 3, 16, 16), (d,), (1, 197, d), *block * 12, *ends]
 
 
+def regnet_y_400mf() -> Shapes:
+    """RegNet-Y-400MF: 225 tensors, 4.3 million parameters (Radosavovic et al., 2020)."""
+    inputs, group = 32, 8
+    shapes: Shapes = [(inputs, 3, 3, 3), (inputs,), (inputs,)]
+    for width, blocks in ((48, 1), (104, 3), (208, 6), (440, 6)):
+        for block in range(blocks):
+            squeezed = round(inputs / 4)
+            if block == 0:
+                shapes += [(width, inputs, 1, 1), (width,), (width,)]
+            for shape in ((width, inputs, 1, 1), (width, group, 3, 3)):
+                shapes += [shape, (width,), (width,)]  # and its BatchNorm's weight and bias
+            shapes += [(squeezed, width, 1, 1), (squeezed,), (width, squeezed, 1, 1), (width,)]
+            shapes += [(width, width, 1, 1), (width,), (width,)]
+            inputs = width
+    return [*shapes, (1000, inputs), (1000,)]
+
+
+def swin_t() -> Shapes:
+    """Swin-T: 173 tensors, 28.3 million parameters (Liu et al., 2021)."""
+    d, window = 96, 7
+    shapes: Shapes = [(d, 3, 4, 4), (d,), (d,), (d,)]
+    for stage, (blocks, heads) in enumerate(((2, 3), (2, 6), (6, 12), (2, 24))):
+        if stage:
+            shapes += [(2 * d, 4 * d), (4 * d,), (4 * d,)]  # four patches become one
+            d *= 2
+        block = [(d,), (d,), ((2 * window - 1) ** 2, heads)]
+        block += [(3 * d, d), (3 * d,), (d, d), (d,), (d,), (d,)]
+        block += [(4 * d, d), (4 * d,), (d, 4 * d), (d,)]
+        shapes += block * blocks
+    return [*shapes, (d,), (d,), (1000, d), (1000,)]
+
+
 def small_gpt() -> Shapes:
     """A GPT of examples/train_gpt.py's kind: 27 tensors, 1.3 million parameters."""
     d = 160
@@ -46,7 +78,13 @@ def small_gpt() -> Shapes:
     return [(256, d), *block * 4, (d,), (256, d)]
 
 
-WORKLOADS = {"ResNet-50": resnet50, "GPT-2": gpt2, "ViT-B/16": vit_b_16}
+WORKLOADS = {
+    "ResNet-50": resnet50,
+    "RegNet-Y-400MF": regnet_y_400mf,
+    "ViT-B/16": vit_b_16,
+    "Swin-T": swin_t,
+    "GPT-2": gpt2,
+}
 
 
 class Parameters(nn.Module):
