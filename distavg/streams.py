@@ -38,8 +38,7 @@ class SideStreams:
     def is_capturing(self) -> bool:
         """Whether a CUDA graph is being captured from the current stream."""
         return (
-            bool(self._streams)
-            and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+            torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
             and torch.cuda.is_current_stream_capturing()
         )
 

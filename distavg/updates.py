@@ -6,7 +6,7 @@ next optimizer step, which overwrites the live weights, comes after it.
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 
@@ -33,6 +33,8 @@ class Updates:
         self, averages: Sequence[Average], model_shards: ModelShards, *, buffers: str
     ) -> None:
         self._averages = averages
+        self._resident = [average for average in averages if not average.on_host]
+        self._offloaded = [average for average in averages if average.on_host]
         self._buffers = buffers
         self._streams = SideStreams(())
         self._offload: Offload | None = None
@@ -51,33 +53,32 @@ class Updates:
         self.join()
         for average in self._averages:
             average.follow(model_shards)
-        averaged: list[int] = []
-        copied: list[int] = []
+        rows: dict[bool, list[int]] = {}  # of tensors that are averaged, and that are copied
         for index, shard in enumerate(model_shards.owned):
             is_copied = model_shards.by_name[shard.fqn].named.is_buffer and not (
                 self._buffers == "averaged" and shard.tensor.is_floating_point()
             )
-            (copied if is_copied else averaged).append(index)
+            rows.setdefault(is_copied, []).append(index)
+        self._are_copied = list(rows)
         lives = [shard.tensor for shard in model_shards.owned]
         self._streams = SideStreams(live.device for live in lives)
 
         def tables(averages: Sequence[Average]) -> list[Table]:
             return [
                 Table(
-                    [[each.tensors[i] for i in rows] for each in averages], [lives[i] for i in rows]
+                    [[each.tensors[i] for i in some] for each in averages], [lives[i] for i in some]
                 )
-                for rows in (averaged, copied)
+                for some in rows.values()
             ]
 
-        resident = [average for average in self._averages if not average.on_host]
-        self._lerps = [Lerp(*table) for table in tables(resident)] if resident else []
+        self._lerps = [Lerp(*table) for table in tables(self._resident)]
         self._streams.use(lives)
-        self._streams.use(tensor for average in resident for tensor in average.tensors)
+        self._streams.use(tensor for average in self._resident for tensor in average.tensors)
         self._streams.use(tensor for lerp in self._lerps for tensor in lerp.temporaries)
-        if offloaded := [average for average in self._averages if average.on_host]:
+        if self._offloaded:
             num_waits = self.num_waits
             self._offload = None  # its memory is free before more is taken
-            self._offload = Offload(tables(offloaded), self._streams)
+            self._offload = Offload(tables(self._offloaded), self._streams)
             self._offload.num_waits = num_waits
 
     def run(self, due: Collection[Average], *, beside: bool = False) -> None:
@@ -91,38 +92,41 @@ class Updates:
         Raises:
             StateError: In the capture of a CUDA graph; or an earlier update has failed.
         """
-        if self._streams.is_capturing:
+        if not self._streams:
+            self._queue(due)
+        elif self._streams.is_capturing:
             raise StateError(
                 "an update inside the capture of a CUDA graph would be replayed with this moment's "
                 "weight: capture the optimizer without it (detach it), and call step() after each "
                 "replay"
             )
-        is_beside = beside and self._buffers == "live" and bool(self._streams)
-        if not is_beside:
+        elif beside and self._buffers == "live":
+            with self._streams.forked():
+                self._queue(due)
+        else:
             self._streams.join()
-        with self._streams.forked() if is_beside else nullcontext():
-            if self._is_any(due, on_host=False):
-                for lerp, blends in zip(self._lerps, self._blends(due, on_host=False), strict=True):
-                    lerp(blends)
-            if self._offload is not None and self._is_any(due, on_host=True):
-                with self._guarded():
-                    self._offload.run(self._blends(due, on_host=True))
+            self._queue(due)
         for average in due:
             average.num_updates += 1
 
-    @staticmethod
-    def _is_any(due: Collection[Average], *, on_host: bool) -> bool:
-        return any(average.on_host == on_host for average in due)
+    def _queue(self, due: Collection[Average]) -> None:
+        """Queue the updates on the current streams."""
+        if blends := self._blends(due, self._resident):
+            for lerp, each in zip(self._lerps, blends, strict=True):
+                lerp(each)
+        if self._offload is not None and (blends := self._blends(due, self._offloaded)):
+            with self._guarded():
+                self._offload.run(blends)
 
     def _blends(
-        self, due: Collection[Average], *, on_host: bool
-    ) -> tuple[Sequence[Blend | None], Sequence[Blend | None]]:
-        """What the averages of one place do with each table's tensors; see `follow`."""
-        averages = [average for average in self._averages if average.on_host == on_host]
-        return (
-            [each.blend if each in due else None for each in averages],
-            [1.0 if each in due else None for each in averages],
-        )
+        self, due: Collection[Average], averages: Sequence[Average]
+    ) -> list[list[Blend | None]]:
+        """What these averages do with the tensors of each table; empty if none is due."""
+        blends: list[Blend | None] = [a.blend if a in due else None for a in averages]
+        if all(blend is None for blend in blends):
+            return []
+        copies: list[Blend | None] = [None if blend is None else 1.0 for blend in blends]
+        return [copies if is_copied else blends for is_copied in self._are_copied]
 
     def release(self) -> None:
         """Whatever is queued from now on may write to the live weights. The host does not wait."""

@@ -22,7 +22,7 @@ import distavg
 
 ITERATIONS = 100  # in a turn
 WIDTH = 4096 if torch.accelerator.is_available() else 768
-LAYERS, ROWS = 8, 256
+LAYERS, ROWS = 8, 32
 AGAINST = "no average"
 
 

@@ -13,6 +13,7 @@ Where all averages together are more than memory holds, they take turns: groups 
 reference in each. Every ratio is to the reference in the same rounds.
 """
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,8 @@ def compare(name: str, count: int) -> list[dict[str, Any]]:
             if row["what"] in systems:
                 row["bytes_held"] = systems[row["what"]].bytes_held()
         table += [row for row in found if group == 0 or row["what"] != against]
-        del systems, contestants  # before the next group's are built
+        del systems, contestants
+        gc.collect()  # before the next group's are built
     if not dist.is_initialized() or dist.get_rank() == 0:
         measure.report(
             f"{name}: {sum(p.numel() for p in module.parameters()):,} parameters, "
