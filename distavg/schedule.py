@@ -25,7 +25,7 @@ class Time:
     Time(value=Fraction(3, 4), unit='dur')
     """
 
-    value: Fraction
+    value: int | Fraction
     unit: str
 
     @classmethod
@@ -57,9 +57,9 @@ class Position:
     steps: int = 0
     epochs: Fraction = Fraction(0)
 
-    def at(self, unit: str) -> Fraction:
+    def at(self, unit: str) -> int | Fraction:
         """The position in `ba` or `ep`."""
-        return Fraction(self.steps) if unit == "ba" else self.epochs
+        return self.steps if unit == "ba" else self.epochs
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ class Clock:
         duration = Time.parse(self.max_duration)
         return Time(time.value * duration.value, duration.unit)
 
-    def in_steps(self, time: Time) -> Fraction:
+    def in_steps(self, time: Time) -> int | Fraction:
         """A time in optimizer steps (a fraction, where an epoch position is one)."""
         time = self.resolve(time)
         if time.unit == "ba":
@@ -117,8 +117,9 @@ class Clock:
 
     def after_step(self, position: Position) -> Position:
         """The position one optimizer step later."""
-        share = Fraction(1, self.steps_per_epoch) if self.steps_per_epoch else Fraction(0)
-        return Position(position.steps + 1, position.epochs + share)
+        if self.steps_per_epoch is None:
+            return Position(position.steps + 1, position.epochs)
+        return Position(position.steps + 1, position.epochs + Fraction(1, self.steps_per_epoch))
 
 
 class Schedule:
@@ -154,7 +155,9 @@ class Schedule:
     def _time(self, text: str) -> Time:
         time = Time.parse(text)
         self.clock.in_steps(time)  # a unit that cannot be resolved is found here, not in training
-        return self.clock.resolve(time)
+        time = self.clock.resolve(time)
+        # Whole numbers are compared after each step, for which a Fraction is slow.
+        return time if time.value.denominator > 1 else Time(int(time.value), time.unit)
 
     def _updates_in(self, text: str) -> float:
         time = self._time(text)
@@ -189,14 +192,14 @@ class Schedule:
         rest = clock.in_steps(Time.parse(clock.max_duration)) - clock.in_steps(self._end)
         return rest < clock.steps_per_epoch
 
-    def _find_anchor(self) -> Fraction | None:
+    def _find_anchor(self) -> int | None:
         """Where intervals count from, in their unit, if the weights there are a sample."""
         if not self.rule.include_initial:
             return None
         if self._start.unit == self._unit:
-            return Fraction(math.ceil(self._start.value))
+            return math.ceil(self._start.value)
         per_unit = self.clock.in_steps(Time(Fraction(1), self._unit))
-        return Fraction(math.ceil(self.clock.in_steps(self._start) / per_unit))
+        return math.ceil(self.clock.in_steps(self._start) / per_unit)
 
     def _check_updates_ever(self) -> None:
         if self._interval is None:

@@ -151,12 +151,17 @@ class Watch:
                 == self._addresses
                 and [*itertools.chain.from_iterable(map(dict.values, self._families))]
                 == self._children
-                and [getattr(table[key], within).data_ptr() for table, key, within in self._sharded]
-                == self._sharded_addresses
-                and all(
-                    each.table.get(each.key, each.before).data_ptr() == each.address
-                    for each in self._lazy
-                )
+                and (not self._sharded or self._has_sharded())
+                and (not self._lazy or self._has_lazy())
             )
         except (KeyError, AttributeError, TypeError, RuntimeError):  # not there, or another kind
             return False
+
+    def _has_sharded(self) -> bool:
+        addresses = [getattr(table[key], name).data_ptr() for table, key, name in self._sharded]
+        return addresses == self._sharded_addresses
+
+    def _has_lazy(self) -> bool:
+        return all(
+            each.table.get(each.key, each.before).data_ptr() == each.address for each in self._lazy
+        )

@@ -182,12 +182,17 @@ class Wrapped:
     @property
     def face(self) -> "Face | None":
         """What stands in place of the model's weights at present; None: what training left."""
+        if not _FACES:  # looked at in each step
+            return None
         return next(filter(None, map(_FACES.get, self.modules)), None)
 
     @face.setter
     def face(self, face: "Face | None") -> None:
         for module in self.modules:
-            _FACES[module] = face
+            if face is None:
+                _FACES.pop(module, None)
+            else:
+                _FACES[module] = face
         # What PyTorch has derived from the weights that were there before.
         torch.clear_autocast_cache()
         parametrize._cache.clear()
@@ -327,7 +332,7 @@ class Face:
     average: str | None
 
 
-_FACES: WeakKeyDictionary[nn.Module, Face | None] = WeakKeyDictionary()
+_FACES: WeakKeyDictionary[nn.Module, Face] = WeakKeyDictionary()
 
 
 def _remember_face(module: nn.Module, args: object, output: object) -> None:
