@@ -15,7 +15,7 @@ from distavg.foreach import Blend
 from distavg.rules import Custom, Rule
 from distavg.schedule import Schedule
 from distavg.shards import GlobalTensor, ModelShards
-from distavg.streams import host_tensors
+from distavg.streams import are_pinned, host_tensors
 from distavg.tensors import LiveTensor, Shard
 
 __all__ = ["Average", "is_exchanged"]
@@ -101,7 +101,8 @@ class Average:
         lives = [shard.tensor for shard in shards]
         dtypes = [self.dtypes[shard.fqn] for shard in shards]
         if self.on_host:
-            tensors = host_tensors([live.shape for live in lives], dtypes)
+            shapes = [live.shape for live in lives]
+            tensors = host_tensors(shapes, dtypes, pinned=are_pinned(lives))
         else:
             pairs = zip(lives, dtypes, strict=True)
             tensors = [torch.empty_like(live, dtype=dtype) for live, dtype in pairs]

@@ -6,7 +6,7 @@ import re
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -181,7 +181,10 @@ class Averager:
         return self._position.steps
 
     def attach(self, *optimizers: Optimizer) -> RemovableHandle:
-        """Call `step` after every step of these optimizers that changed the weights.
+        """Count every step of these optimizers that changed the weights, as `step` does.
+
+        On an accelerator the updates run beside training, if these optimizers have all of the
+        model's trainable parameters and nothing else writes to the weights between their steps.
 
         Steps that GradScaler skips do not count. (PyTorch's `get_state_dict` takes a step with a
         learning rate of 0 on an optimizer that has no state yet, and that one does count, except
@@ -201,8 +204,7 @@ class Averager:
     def step(self) -> None:
         """One optimizer step has passed: update the averages that are due. No communication.
 
-        The update is queued on the current stream. That of an attached optimizer's step runs beside
-        training on a stream of its own, and is done before the optimizer's next step.
+        The update is queued on the current stream.
 
         Raises:
             StateError: An average is applied at the moment; or a CUDA graph is being captured.
@@ -211,10 +213,13 @@ class Averager:
         self._step(beside=False)
 
     def _step_beside(self) -> None:
-        self._step(beside=True)
+        modules = self._shards.modules
+        registered = (p for module in modules for p in module.parameters(recurse=False))
+        self._step(beside=self._hooks.cover(registered))
 
     def _step(self, *, beside: bool) -> None:
         self._check_idle("step()")
+        self._updates.refuse_capture()
         before, after = self._position, self._clock.after_step(self._position)
         due = [a for a in self._averages.values() if a.schedule.due(before, after)]
         if due:
@@ -251,10 +256,10 @@ class Averager:
     def synchronize(self) -> None:
         """Wait for updates still under way, before weights are edited by hand.
 
-        On an accelerator the update of an attached optimizer's step reads the weights until the
-        optimizer's next one: what else writes to them in between (clipping, `load_state_dict`)
-        comes after this. On the CPU updates are done when the step returns, but for averages in
-        host memory, which this waits for, too.
+        On an accelerator the update of an attached optimizer's step may read the weights until the
+        optimizer's next one: what else writes to them in between, by hand or `load_state_dict`,
+        comes after this, and so does reading shards that were taken before. On the CPU updates
+        are done when the step returns, but for averages in host memory, which this waits for, too.
 
         Raises:
             StateError: An update in host memory has failed.
@@ -320,7 +325,8 @@ class Averager:
                 live model. None: the live model itself.
             name: Which average.
 
-        Nothing is communicated where each rank holds what its part of the target needs.
+        Nothing is communicated where each rank holds what its part of the target needs, but for a
+        vote if the average lies in host memory.
 
         Raises:
             ModelMismatch: Another module's names or shapes.
@@ -340,8 +346,9 @@ class Averager:
             self._check_usable()
             if not self._shards.is_unchanged:
                 self._follow()
-            is_shared = self._shards.is_divided or self._shards.has_stages
+            is_shared = self._shards.is_divided or self._shards.has_stages or average.on_host
             with self._comm.together("copy_to()") if is_shared else nullcontext():
+                self._updates.join()
                 other = Wrapped(module)
                 other.reshard()
                 located = [other.locate(each, self._comm.ranks) for each in other.named_tensors()]
@@ -584,6 +591,8 @@ class Averager:
             StateError: An average is applied at the moment.
         """
         self._finish_saving()
+        with suppress(StateError):  # an update that failed: what it spoiled is read anew
+            self._updates.join()
         averages = list(self._averages.values())
         doing = f"loading {path}"
         self._meet(doing, lambda: self._check_load(path))
@@ -697,9 +706,10 @@ class Averager:
             if average.on_host:
                 metrics["offload_waits"] = self._updates.num_waits
             if distance:
-                self._check_idle("metrics(distance=True)")
-                squares = self._comm.gather(squared_distance(average, self._shards), "metrics()")
-                apart, norm = (sum(column) ** 0.5 for column in zip(*squares, strict=True))
+                with self._comm.together("metrics(distance=True)") as vote:
+                    self._check_idle("metrics(distance=True)")
+                    vote.answer = squared_distance(average, self._shards)
+                apart, norm = (sum(column) ** 0.5 for column in zip(*vote.answers, strict=True))
                 metrics[f"{name}/distance"] = apart
                 metrics[f"{name}/relative_distance"] = apart / norm if norm else 0.0
         return metrics

@@ -29,6 +29,14 @@ class OptimizerHooks:
         self._stepped: list[Optimizer] = []
         self._last: Optimizer | None = None  # the one that steps last in a round
         self._is_paused = False
+        self._covers_all: bool | None = None  # None: not known
+
+    def cover(self, parameters: Iterable[Tensor]) -> bool:
+        """Whether no other optimizer steps any of these parameters. Looked at once."""
+        if self._covers_all is None:
+            covered = set().union(*map(_parameters, self._attached))
+            self._covers_all = all(id(p) in covered for p in parameters if p.requires_grad)
+        return self._covers_all
 
     def attach(
         self, optimizers: Sequence[Optimizer], parameters: Iterable[Tensor]
@@ -69,6 +77,7 @@ class OptimizerHooks:
                 )
         self._attached += inner
         self._last = None
+        self._covers_all = None
         handles = [
             handle
             for optimizer in inner
@@ -112,6 +121,8 @@ class OptimizerHooks:
         self._attached = [each for each in self._attached if id(each) not in gone]
         self._stepped = [each for each in self._stepped if id(each) not in gone]
         self._last = None
+        self._covers_all = None
+        self._before_step()  # nobody else will, for an update that is under way
 
 
 class _Attachment(RemovableHandle):

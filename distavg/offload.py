@@ -6,7 +6,7 @@ update can be copied out while the one before is averaged. An update that finds 
 for the older one, and is counted.
 """
 
-from collections import deque
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distavg.errors import StateError
 from distavg.foreach import Blend, Lerp, Table, chunk_elements, laid_out, packed
-from distavg.streams import Done, SideStreams, host_memory
+from distavg.streams import Done, SideStreams, are_pinned, host_tensors
 
 __all__ = ["Offload"]
 
@@ -40,9 +41,9 @@ class Offload:
         self.num_waits = 0
         self._streams = streams
         messages = [list(_messages(table)) for table in tables]
-        self._free = deque(_Copy(messages) for _ in range(_NUM_COPIES))
-        self._under_way: deque[tuple[Future[None], _Copy]] = deque()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="distavg-offload")
+        self._copies = [_Copy(messages) for _ in range(_NUM_COPIES)]
+        self._next = 0  # they take turns, so that it is the one that was used longest ago
+        self._thread = ThreadPoolExecutor(1, "distavg-offload")
         streams.use(message.flat for each in messages for message in each)
 
     def run(self, blends: Sequence[Sequence[Blend | None]]) -> None:
@@ -54,34 +55,41 @@ class Offload:
             blends: For each table what its averages' update does.
 
         Raises:
-            Exception: What an earlier update failed with, as from `join`.
+            StateError: An earlier update has failed, as from `join`.
         """
-        while self._under_way and self._under_way[0][0].done():
-            self._finish_oldest()
-        if not self._free:
+        self._refuse_thread()
+        copy = self._copies[self._next]
+        if copy.update is not None and not copy.update.done():
             self.num_waits += 1
-            self._finish_oldest()
-        copy = self._free[0]  # in use from below on: what comes before can be interrupted
+            wait([copy.update])
+        if any(each.has_failed for each in self._copies):
+            self.join()
         copy.fill()
-        moment = self._streams.moment()
-        self._free.popleft()
-        self._under_way.append((self._thread.submit(copy.average, moment, blends), copy))
+        copy.update = self._thread.submit(copy.average, self._streams.moment(), blends)
+        self._next = (self._next + 1) % _NUM_COPIES
 
     def join(self) -> None:
         """Wait until every update is made.
 
         Raises:
-            Exception: What a custom rule's function raised in the thread.
+            StateError: A custom rule's function raised in the thread.
         """
-        while self._under_way:
-            self._finish_oldest()
+        self._refuse_thread()
+        wait([copy.update for copy in self._copies if copy.update is not None])
+        failed = [copy for copy in self._copies if copy.has_failed]
+        errors = [copy.update.exception() for copy in failed if copy.update is not None]
+        for copy in failed:
+            copy.update = None  # heard of
+        if errors:
+            raise StateError(
+                f"an update in host memory failed ({type(errors[0]).__name__}: {errors[0]})"
+            ) from errors[0]
 
-    def _finish_oldest(self) -> None:
-        update, copy = self._under_way[0]
-        wait([update])  # an interrupt leaves all as it is
-        self._under_way.popleft()
-        self._free.append(copy)
-        update.result()
+    def _refuse_thread(self) -> None:
+        if any(copy.thread == threading.get_ident() for copy in self._copies):
+            raise StateError(
+                "a rule's function called its own averager, which waits for that function to end"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +113,17 @@ class _Copy:
     """The live tensors in host memory, and the way of their values through it."""
 
     def __init__(self, tables: Sequence[Sequence[_Message]]) -> None:
+        self.update: Future[None] | None = None  # that reads from here, or has done so
+        self.thread: int | None = None  # in which one does so at present
         self._ways: list[tuple[_Message, Tensor]] = []
         self._lerps: list[Lerp] = []
         for messages in tables:
-            hosts = [host_memory(each.flat.numel(), each.flat.dtype) for each in messages]
+            flats = [message.flat for message in messages]
+            hosts = host_tensors(
+                [flat.shape for flat in flats],
+                [flat.dtype for flat in flats],
+                pinned=are_pinned(flats),
+            )
             self._ways += zip(messages, hosts, strict=True)
             copies = [
                 part
@@ -119,6 +134,12 @@ class _Copy:
             averages = [[part for parts in column for part in parts] for column in columns]
             self._lerps.append(Lerp(averages, copies))
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether an update has ended in an exception."""
+        update = self.update
+        return update is not None and update.done() and update.exception() is not None
+
     @torch.no_grad()
     def fill(self) -> None:
         """Queue the copies."""
@@ -128,9 +149,13 @@ class _Copy:
 
     def average(self, copied: Done, blends: Sequence[Sequence[Blend | None]]) -> None:
         """Update the averages, when the copies are there."""
-        copied.wait()
-        for lerp, each in zip(self._lerps, blends, strict=True):
-            lerp(each)
+        self.thread = threading.get_ident()
+        try:
+            copied.wait()
+            for lerp, each in zip(self._lerps, blends, strict=True):
+                lerp(each)
+        finally:
+            self.thread = None
 
 
 def _messages(table: Table) -> Iterator[_Message]:

@@ -1,18 +1,19 @@
 """Work beside training: streams next to the current ones, and host memory that they copy to."""
 
 import math
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
 
-__all__ = ["Done", "SideStreams", "host_memory", "host_tensors"]
+__all__ = ["Done", "SideStreams", "are_pinned", "host_tensors", "join_all"]
 
 # PyTorch rounds pinned memory up to powers of two, so tensors share allocations of this size.
-_SLAB_BYTES = 2**28
+_SLAB_BYTES = 2**30
 _ALIGNMENT_BYTES = 64
-_HOSTS = {"cpu", "meta"}  # devices without streams
+_WITH_STREAMS = {"cuda", "xpu"}  # where `Tensor.record_stream` is known to work
 
 
 class SideStreams:
@@ -26,10 +27,11 @@ class SideStreams:
     """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
-        accelerators = {device for device in devices if device.type not in _HOSTS}
+        accelerators = {device for device in devices if device.type in _WITH_STREAMS}
         self._streams = [torch.Stream(device) for device in sorted(accelerators, key=str)]
         self._events = [torch.Event(stream.device) for stream in self._streams]
-        self._is_ahead = False
+        if self._streams:
+            _ALL.add(self)
 
     def __bool__(self) -> bool:
         return bool(self._streams)
@@ -52,16 +54,8 @@ class SideStreams:
             try:
                 yield
             finally:
-                self._is_ahead = bool(self._streams)
                 for stream, event in zip(self._streams, self._events, strict=True):
                     event.record(stream)
-
-    def join(self) -> None:
-        """What is queued from now on, on the current streams, runs after the work so far."""
-        if self._is_ahead:
-            self._is_ahead = False
-            for stream, event in zip(self._streams, self._events, strict=True):
-                torch.accelerator.current_stream(stream.device).wait_event(event)
 
     def moment(self) -> "Done":
         """For the host to wait for: all that is queued up to now on the current streams."""
@@ -73,6 +67,20 @@ class SideStreams:
         for tensor in {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}.values():
             if tensor.device in streams:
                 tensor.record_stream(streams[tensor.device])
+
+
+# Other averagers' work reads the weights, too.
+_ALL: weakref.WeakSet[SideStreams] = weakref.WeakSet()
+
+
+def join_all() -> None:
+    """What is queued from now on, on the current streams, runs after all forked work so far.
+
+    Of all `SideStreams` there are. To wait for what is done already costs next to nothing.
+    """
+    for streams in _ALL:
+        for stream, event in zip(streams._streams, streams._events, strict=True):
+            torch.accelerator.current_stream(stream.device).wait_event(event)
 
 
 class Done:
@@ -91,15 +99,10 @@ class Done:
             event.synchronize()
 
 
-def host_memory(num_elements: int, dtype: torch.dtype) -> Tensor:
-    """Uninitialised host memory, pinned where there is an accelerator to copy from or to it."""
-    return torch.empty(
-        num_elements, dtype=dtype, device="cpu", pin_memory=torch.accelerator.is_available()
-    )
-
-
-def host_tensors(shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    """Uninitialised contiguous tensors of these shapes and dtypes in `host_memory`."""
+def host_tensors(
+    shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype], *, pinned: bool
+) -> list[Tensor]:
+    """Uninitialised contiguous tensors of these shapes and dtypes in host memory."""
     slabs: list[int] = []  # bytes
     places: list[tuple[int, int, int]] = []  # number of the slab, first byte, last
     for shape, dtype in zip(shapes, dtypes, strict=True):
@@ -108,8 +111,15 @@ def host_tensors(shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype])
             slabs.append(0)
         places.append((len(slabs) - 1, slabs[-1], slabs[-1] + nbytes))
         slabs[-1] += -(-nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-    memory = [host_memory(nbytes, torch.uint8) for nbytes in slabs]
+    memory = [
+        torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pinned) for nbytes in slabs
+    ]
     return [
         memory[number][begin:end].view(dtype).view(tuple(shape))
         for (number, begin, end), shape, dtype in zip(places, shapes, dtypes, strict=True)
     ]
+
+
+def are_pinned(lives: Iterable[Tensor]) -> bool:
+    """Whether host memory should be pinned for copies from and to these tensors."""
+    return any(live.device.type in _WITH_STREAMS for live in lives)

@@ -2,9 +2,12 @@
 
 Updating never communicates, and the host never waits for a device. An update beside training runs
 on streams of its own, after the optimizer's kernels: the next forward and backward hide it, and the
-next optimizer step, which overwrites the live weights, comes after it.
+next optimizer step, which overwrites the live weights, comes after it. What else writes to them in
+between (a forward that normalises weights) would race with it. So the first update is made in line,
+and others beside only if, by autograd's version counters, nothing did write until the next step.
 """
 
+import logging
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -15,9 +18,11 @@ from distavg.errors import StateError
 from distavg.foreach import Blend, Lerp, Table
 from distavg.offload import Offload
 from distavg.shards import ModelShards
-from distavg.streams import SideStreams
+from distavg.streams import SideStreams, join_all
 
 __all__ = ["Updates"]
+
+logger = logging.getLogger("distavg")
 
 
 class Updates:
@@ -37,6 +42,8 @@ class Updates:
         self._offloaded = [average for average in averages if average.on_host]
         self._buffers = buffers
         self._streams = SideStreams(())
+        self._is_undisturbed: bool | None = None  # by writes between steps; None: not known yet
+        self._versions: list[int] = []  # of the live tensors, after an update that may be read
         self._offload: Offload | None = None
         for average in averages:
             average.wait = self.join
@@ -60,7 +67,8 @@ class Updates:
             )
             rows.setdefault(is_copied, []).append(index)
         self._are_copied = list(rows)
-        lives = [shard.tensor for shard in model_shards.owned]
+        self._lives = lives = [shard.tensor for shard in model_shards.owned]
+        self._is_undisturbed = None
         self._streams = SideStreams(live.device for live in lives)
 
         def tables(averages: Sequence[Average]) -> list[Table]:
@@ -86,28 +94,37 @@ class Updates:
 
         Args:
             due: Which.
-            beside: Beside training, where there is an accelerator: `release` comes before the live
-                weights are written to. Not with buffers, which the next forward may write to.
+            beside: Whether it may be beside training, where there is an accelerator, because
+                `release` comes before the live weights are written to. Not with buffers, which
+                the next forward may write to.
 
         Raises:
-            StateError: In the capture of a CUDA graph; or an earlier update has failed.
+            StateError: An earlier update has failed.
         """
-        if not self._streams:
-            self._queue(due)
-        elif self._streams.is_capturing:
-            raise StateError(
-                "an update inside the capture of a CUDA graph would be replayed with this moment's "
-                "weight: capture the optimizer without it (detach it), and call step() after each "
-                "replay"
-            )
-        elif beside and self._buffers == "live":
+        is_watched = beside and self._streams and self._buffers == "live"
+        if is_watched and self._is_undisturbed:
             with self._streams.forked():
                 self._queue(due)
         else:
-            self._streams.join()
+            join_all()
             self._queue(due)
+        if is_watched and self._is_undisturbed is not False:
+            self._versions = [live._version for live in self._lives]
         for average in due:
             average.num_updates += 1
+
+    def refuse_capture(self) -> None:
+        """Raise if a CUDA graph is being captured.
+
+        Raises:
+            StateError: A graph is being captured.
+        """
+        if self._streams and self._streams.is_capturing:
+            raise StateError(
+                "an update inside the capture of a CUDA graph would be replayed with this moment's "
+                "weight, or not at all: detach the optimizer that is captured, and call step() "
+                "after each replay"
+            )
 
     def _queue(self, due: Collection[Average]) -> None:
         """Queue the updates on the current streams."""
@@ -129,8 +146,23 @@ class Updates:
         return [copies if is_copied else blends for is_copied in self._are_copied]
 
     def release(self) -> None:
-        """Whatever is queued from now on may write to the live weights. The host does not wait."""
-        self._streams.join()
+        """An optimizer is about to write to the live weights. The host does not wait.
+
+        Raises:
+            StateError: A graph is being captured.
+        """
+        self.refuse_capture()
+        join_all()
+        if not self._versions:
+            return
+        is_written = self._versions != [live._version for live in self._lives]
+        self._versions = []
+        if is_written and self._is_undisturbed:
+            logger.warning(
+                "weights were written to between two steps of the optimizer, perhaps while an "
+                "update was reading them: call synchronize() before. Updates stay in line now"
+            )
+        self._is_undisturbed = not is_written
 
     def join(self) -> None:
         """Wait for all updates: the host for those in host memory, devices for their own.
@@ -138,7 +170,8 @@ class Updates:
         Raises:
             StateError: One has failed.
         """
-        self.release()
+        join_all()
+        self._versions = []  # who calls may write
         if self._offload is not None:
             with self._guarded():
                 self._offload.join()
@@ -148,12 +181,10 @@ class Updates:
         """If an update fails in its thread, nobody knows how far it came."""
         try:
             yield
-        except Exception as error:
-            for average in self._averages:
-                if average.on_host:
-                    average.damaged = (
-                        f"average {average.name!r}: an update in host memory failed "
-                        f"({type(error).__name__}: {error}), so that its values are a mixture: "
-                        "load a checkpoint, or build a new Averager"
-                    )
-            raise StateError(next(filter(None, (a.damaged for a in self._averages)))) from error
+        except StateError as error:
+            for average in self._offloaded:
+                average.damaged = (
+                    f"average {average.name!r}: {error}, so that its values are a mixture: load a "
+                    "checkpoint, or build a new Averager"
+                )
+            raise StateError(self._offloaded[0].damaged) from error.__cause__

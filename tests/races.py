@@ -8,6 +8,7 @@ no chain of events leads from the earlier one's stream to this one (vector clock
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -116,12 +117,15 @@ class Races(TorchDispatchMode):
 @contextmanager
 def pretended_accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Races]:
     """The CPU counts as a device with streams; yields what finds the races."""
-    monkeypatch.setattr(streams, "_HOSTS", {"meta"})
+    monkeypatch.setattr(streams, "_WITH_STREAMS", {"cpu"})
+    monkeypatch.setattr(streams, "_ALL", weakref.WeakSet())
     monkeypatch.setattr(torch, "Stream", Stream)
     monkeypatch.setattr(torch, "Event", Event)
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda device=None: Stream.current)
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda device=None: None)
     monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: None)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **kw: empty(*a, **kw))
     Stream.made = Event.waited_for = 0
     Stream.current = Stream(torch.device("cpu"))
     with Races() as races:

@@ -290,26 +290,26 @@ def test_an_update_comes_after_the_optimizer(place: str | None) -> None:
 
 
 @pytest.mark.gpu
-def test_the_next_step_waits_for_the_update() -> None:
-    def slow_copy(averaged: list[Tensor], live: list[Tensor], num_updates: int) -> None:
-        torch.cuda._sleep(_LONG)
-        torch._foreach_copy_(averaged, live)
+@PLACES
+def test_the_next_step_waits_for_the_update(place: str | None) -> None:
+    def slow_sum(averaged: list[Tensor], live: list[Tensor], num_updates: int) -> None:
+        if place is None:
+            torch.cuda._sleep(_LONG)  # in which the optimizer could write to the weights
+        torch._foreach_add_(averaged, live)
 
     model = nn.Linear(64, 64, bias=False, device="cuda")
-    averager = Averager(model, {"a": Custom(multi_avg_fn=slow_copy)})
+    averager = Averager(model, {"a": Custom(multi_avg_fn=slow_sum)}, device=place)
     optimizer = SGD(model.parameters(), lr=1.0)
     averager.attach(optimizer)
     with torch.no_grad():
         model.weight.zero_()
-    values = []
-    for step in range(1, 4):
+    averager.synchronize()
+    for _ in range(5):
         model.weight.grad = torch.full_like(model.weight, -1.0)
         optimizer.step()
-        if step == 3:
-            with averager.applied():  # which writes to the weights, too
-                values.append(model.weight.detach().clone())
-    assert (values[0] == 3.0).all()
-    assert (model.weight == 3.0).all()
+    with averager.applied():  # which writes to the weights, too
+        assert (model.weight == 1 + 2 + 3 + 4 + 5).all()
+    assert (model.weight == 5.0).all()
 
 
 @pytest.mark.gpu

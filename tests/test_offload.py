@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from checks import cloned, differences, model_class, same, storages, torch_average, trained
+import torch.distributed as dist
+from checks import (
+    cloned,
+    differences,
+    error_of,
+    model_class,
+    same,
+    storages,
+    torch_average,
+    trained,
+)
 from models import Awkward, Uneven, weights_at
 from ranks import run_ranks
 from torch import Tensor, nn
@@ -181,6 +191,62 @@ def test_a_checkpoint_heals(tmp_path: Any) -> None:
     averager.load(tmp_path / "good", rules="current")
     stepped(model, averager, 2.0)
     assert (averager["a"].shards()[0].tensor == 2.0).all()
+
+
+def test_a_checkpoint_heals_whatever_is_under_way(tmp_path: Any) -> None:
+    is_failing = False
+
+    def rule(averaged: Tensor, live: Tensor, num_updates: int) -> Tensor:
+        if is_failing:
+            raise SystemExit(3)
+        return live
+
+    model = nn.Linear(2, 2)
+    averager = Averager(model, {"a": Custom(avg_fn=rule)}, device="cpu")
+    stepped(model, averager, 1.0)
+    averager.save(tmp_path / "good")
+    is_failing = True
+    averager.update()
+    averager.update()
+    averager.load(tmp_path / "good", rules="current")
+    assert (averager["a"].shards()[0].tensor == 1.0).all()
+
+
+def test_a_rule_that_calls_its_averager_is_an_error() -> None:
+    def rule(averaged: Tensor, live: Tensor, num_updates: int) -> Tensor:
+        return averager["a"].shards()[0].tensor
+
+    averager = Averager(nn.Linear(2, 2), {"a": Custom(avg_fn=rule)}, device="cpu")
+    averager.step()
+    averager.step()
+    with pytest.raises(StateError, match="called its own averager"):
+        averager.synchronize()
+
+
+def failing_on_one_rank(use: str) -> str:
+    def rule(averaged: Tensor, live: Tensor, num_updates: int) -> Tensor:
+        if dist.get_rank() == 1:
+            raise ZeroDivisionError
+        return live
+
+    rules = {"a": Custom(avg_fn=rule)}
+    _, averager = trained("fsdp2", Uneven, (), rules=rules, device="cpu")
+    averager.step()
+    averager.step()
+    call: Callable[[], object] = {
+        "measured": lambda: averager.metrics(distance=True),
+        "taught": lambda: averager.copy_to(Uneven()),
+        "gathered": averager.full_state_dict,
+        "saved": lambda: averager.save("nowhere"),
+    }[use]
+    return error_of(call)
+
+
+@pytest.mark.parametrize("use", ["measured", "taught", "gathered", "saved"])
+def test_an_error_on_one_rank_is_raised_on_all(use: str) -> None:
+    for text in run_ranks(failing_on_one_rank, 2, use):
+        assert text.startswith("StateError: ")
+        assert "average 'a': an update in host memory failed (ZeroDivisionError" in text
 
 
 def test_an_interrupt_while_waiting_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,9 @@ loop runs on a real one in test_gpu.py.
 
 from __future__ import annotations
 
+import copy
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +20,9 @@ from torch.optim import SGD, Optimizer
 
 import distavg
 from distavg import EMA, Averager, StateError
-from distavg.streams import host_tensors
+from distavg.foreach import Lerp
+from distavg.offload import _Copy
+from distavg.streams import Done, SideStreams, host_tensors
 
 
 @pytest.fixture
@@ -55,10 +59,11 @@ def test_an_attached_step_updates_on_another_stream(
         return lerp(*args)
 
     monkeypatch.setattr(torch, "_foreach_lerp_", noted)
-    train(model, optimizer)
+    train(model, optimizer, 4)
     averager.step()
-    assert used[0] == used[1] != Stream.current.number
-    assert used[2] == Stream.current.number  # by hand it stays on the current one
+    # The first is a copy, and the second the first that is known not to be disturbed.
+    assert used[0] == used[1] == used[2] != Stream.current.number
+    assert used[3] == Stream.current.number  # by hand it stays on the current one
     assert races.found == []
 
 
@@ -70,6 +75,11 @@ def edit(model: nn.Module, averager: Averager) -> None:
 
 def apply(model: nn.Module, averager: Averager) -> None:
     with averager.applied():
+        model(torch.ones(2, 4))
+
+
+def evaluate(model: nn.Module, averager: Averager) -> None:
+    with averager.evaluating(recalibrate=[torch.randn(4, 4)]):
         model(torch.ones(2, 4))
 
 
@@ -89,6 +99,8 @@ USES: dict[str, Callable[[nn.Module, Averager], object]] = {
     "measured": lambda model, averager: averager.metrics(distance=True),
     "state": lambda model, averager: averager.load_state_dict(averager.state_dict()),
     "moved": move,
+    "evaluated": evaluate,
+    "taught": lambda model, averager: averager.copy_to(copy.deepcopy(model)),
     "recalibrated": lambda model, averager: averager.recalibrate_batchnorm([torch.randn(4, 4)]),
 }
 
@@ -141,27 +153,119 @@ def test_memory_is_kept_until_the_stream_is_done(
     assert len(kept) == 2 * len(shards) + 1  # and the temporary
 
 
-def test_a_write_that_does_not_wait_is_found(races: Races) -> None:
+def test_nor_with_that_of_another_averager(races: Races) -> None:
+    model, _, optimizer = built()
+    other = Averager(model, EMA(0.9))
+    other.attach(optimizer)
+    for _ in range(2):
+        train(model, optimizer)
+        with other.applied():
+            model(torch.ones(2, 4))
+        train(model, optimizer)
+        other.copy_to()
+    assert races.found == []
+
+
+def test_nor_after_a_use_on_another_stream(races: Races) -> None:
+    model, averager, optimizer = built()
+    train(model, optimizer)
+    other = Stream(torch.device("cpu"))
+    with other:
+        for shard in averager["ema"].shards():
+            shard.tensor.sum()
+    Stream.current.wait_event(other.record_event())
+    other.clock.clear()
+    train(model, optimizer)
+    assert races.found == []
+
+
+def test_nor_after_the_optimizer_was_detached(races: Races) -> None:
+    model, averager, _ = built()
+    optimizer = SGD(nn.Linear(1, 1).parameters(), lr=0.1)
+    optimizer.add_param_group({"params": list(model.parameters())})
+    averager._hooks._attached.clear()
+    handle = averager.attach(optimizer)
+    train(model, optimizer)
+    handle.remove()
+    train(model, optimizer)
+    assert races.found == []
+
+
+def forks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    found: list[int] = []
+    forked = SideStreams.forked
+
+    def noted(self: SideStreams) -> Any:
+        found.append(1)
+        return forked(self)
+
+    monkeypatch.setattr(SideStreams, "forked", noted)
+    return found
+
+
+@pytest.mark.parametrize("are_attached", [True, False])
+def test_two_optimizers(races: Races, monkeypatch: pytest.MonkeyPatch, are_attached: bool) -> None:
+    found = forks(monkeypatch)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    averager = Averager(model, EMA(0.5))
+    # Fused, so that their writes do not show in version counters.
+    first, second = (SGD(layer.parameters(), lr=0.1, fused=True) for layer in model)
+    averager.attach(*([first, second] if are_attached else [first]))
+    for _ in range(4):
+        model(torch.ones(2, 4)).sum().backward()
+        first.step()
+        second.step()
+    assert races.found == []
+    assert len(found) == (3 if are_attached else 0)  # where another one steps, it stays in line
+
+
+def test_a_forward_that_writes_to_weights_keeps_updates_in_line(
+    races: Races, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = forks(monkeypatch)
+    model = nn.Sequential(nn.Embedding(5, 4, max_norm=0.1), nn.Linear(4, 1))
+    averager = Averager(model, EMA(0.5))
+    optimizer = SGD(model.parameters(), lr=1.0)
+    averager.attach(optimizer)
+    for _ in range(4):
+        model(torch.arange(5)).sum().backward()
+        optimizer.step()
+    assert races.found == []
+    assert found == []
+
+
+def test_a_write_that_does_not_wait_is_found_and_said(
+    races: Races, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, _, optimizer = built()
     train(model, optimizer)
     with torch.no_grad():
         model[0].weight.zero_()  # without synchronize()
     assert any("zero_" in race for race in races.found)
+    with caplog.at_level(logging.WARNING, "distavg"):
+        train(model, optimizer)
+    assert caplog.text.count("weights were written to between two steps") == 1
+    found = forks(monkeypatch)
+    train(model, optimizer)
+    assert found == []
 
 
 def test_an_optimizer_that_does_not_wait_is_found(races: Races) -> None:
     model, _, optimizer = built()
+    train(model, optimizer)
     optimizer._optimizer_step_pre_hooks.clear()
     train(model, optimizer)
     assert any("add" in race for race in races.found)
 
 
 def test_a_capture_is_refused(races: Races, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, averager, _ = built()
+    _, averager, optimizer = built()
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(StateError, match="replayed with this moment's weight"):
         averager.step()
+    with pytest.raises(StateError, match="detach the optimizer that is captured"):
+        optimizer.step()
     assert averager.step_count == 0
 
 
@@ -175,6 +279,41 @@ def test_averages_in_host_memory_wait_for_the_copy(races: Races) -> None:
     averager.update()
     averager.synchronize()
     assert races.found == []
+
+
+def test_a_copy_is_waited_for_between_its_queueing_and_its_use(
+    races: Races, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    def note(owner: type, name: str) -> None:
+        method = getattr(owner, name)
+
+        def noted(*args: Any) -> Any:
+            order.append(name)
+            return method(*args)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    _, averager, _ = built(device="cpu")
+    for owner, name in ((_Copy, "fill"), (SideStreams, "moment"), (Done, "wait")):
+        note(owner, name)
+    note(Lerp, "__call__")
+    averager.update()
+    averager.synchronize()
+    assert order == ["fill", "moment", "wait", "__call__"]
+
+
+def test_the_memory_of_messages_is_kept_too(races: Races, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: set[int] = set()
+    monkeypatch.setattr(
+        torch.Tensor,
+        "record_stream",
+        lambda self, stream: kept.add(self.untyped_storage().data_ptr()),
+    )
+    _, averager, _ = built(device="cpu")
+    ways = averager._updates._offload._copies[0]._ways
+    assert {message.flat.untyped_storage().data_ptr() for message, _ in ways} < kept
 
 
 def test_the_values_are_those_of_updates_in_line(
@@ -195,7 +334,7 @@ def test_host_tensors_share_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distavg.streams, "_SLAB_BYTES", 256)
     shapes = [(3, 5), (), (0, 2), (100,), (7,)]
     dtypes = [torch.float32, torch.float64, torch.float32, torch.float32, torch.bfloat16]
-    tensors = host_tensors(shapes, dtypes)
+    tensors = host_tensors(shapes, dtypes, pinned=False)
     for value, (tensor, shape, dtype) in enumerate(zip(tensors, shapes, dtypes, strict=True)):
         assert (tensor.shape, tensor.dtype) == (shape, dtype)
         assert tensor.is_contiguous()
