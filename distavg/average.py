@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from distavg.errors import ConfigError
+from distavg.errors import ConfigError, StateError
 from distavg.foreach import Blend
 from distavg.rules import Custom, Rule
 from distavg.schedule import Schedule
@@ -158,7 +158,12 @@ class Average:
 
         While the average is applied, the views lead into the live weights' storage. Updates under
         way are waited for; later ones change the values.
+
+        Raises:
+            StateError: The values are not what they should be; see `damaged`.
         """
+        if self.damaged is not None:
+            raise StateError(self.damaged)
         self.settle()
         return [
             live if self.is_applied and is_exchanged(live.tensor, own.tensor) else own

@@ -171,29 +171,8 @@ def test_steps_alone_hear_of_an_error_too() -> None:
     assert averager["a"].num_updates < 5
 
 
-def test_a_checkpoint_heals(tmp_path: Any) -> None:
-    is_failing = False
-
-    def rule(averaged: Tensor, live: Tensor, num_updates: int) -> Tensor:
-        if is_failing:
-            raise ZeroDivisionError
-        return live
-
-    model = nn.Linear(2, 2)
-    averager = Averager(model, {"a": Custom(avg_fn=rule)}, device="cpu")
-    stepped(model, averager, 1.0)
-    averager.save(tmp_path / "good")
-    is_failing = True
-    averager.update()
-    with pytest.raises(StateError):
-        averager.synchronize()
-    is_failing = False
-    averager.load(tmp_path / "good", rules="current")
-    stepped(model, averager, 2.0)
-    assert (averager["a"].shards()[0].tensor == 2.0).all()
-
-
-def test_a_checkpoint_heals_whatever_is_under_way(tmp_path: Any) -> None:
+@pytest.mark.parametrize("is_told", [True, False])
+def test_a_checkpoint_heals(tmp_path: Any, is_told: bool) -> None:
     is_failing = False
 
     def rule(averaged: Tensor, live: Tensor, num_updates: int) -> Tensor:
@@ -208,8 +187,15 @@ def test_a_checkpoint_heals_whatever_is_under_way(tmp_path: Any) -> None:
     is_failing = True
     averager.update()
     averager.update()
+    if is_told:
+        for use in (averager.synchronize, averager["a"].shards, averager.full_state_dict):
+            with pytest.raises(StateError, match="SystemExit: 3"):
+                use()
     averager.load(tmp_path / "good", rules="current")
     assert (averager["a"].shards()[0].tensor == 1.0).all()
+    is_failing = False
+    stepped(model, averager, 2.0)
+    assert (averager["a"].shards()[0].tensor == 2.0).all()
 
 
 def test_a_rule_that_calls_its_averager_is_an_error() -> None:
