@@ -89,7 +89,7 @@ class Averager:
     Raises:
         ConfigError: An argument that cannot be, a time that the clock cannot resolve, a schedule
             that never updates, nothing to average.
-        UnsupportedError: Tensors that cannot be averaged, or an option of a later release.
+        UnsupportedError: Tensors that cannot be averaged, or a device that averages cannot be on.
         ReplicaMismatch: Replicas that differ.
 
     >>> from distavg import EMA

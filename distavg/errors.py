@@ -3,7 +3,7 @@
 ```
 DistavgError
 ├── ConfigError (ValueError)       an argument that cannot be: a decay of 1.2
-├── UnsupportedError (NotImplementedError)   tensors that cannot be averaged; later releases
+├── UnsupportedError (NotImplementedError)   tensors and places that averages cannot have
 ├── StateError (RuntimeError)      a call at the wrong moment: step() inside applied()
 ├── ModelMismatch (ValueError)     the model is not the one that the averager was built with
 ├── ReplicaMismatch (RuntimeError) ranks that should hold the same tensor do not
@@ -44,7 +44,7 @@ class ConfigError(DistavgError, ValueError):
 
 
 class UnsupportedError(DistavgError, NotImplementedError):
-    """A wrapper or an option that this release does not serve yet."""
+    """A tensor, a wrapper or an option that distavg does not serve."""
 
 
 class StateError(DistavgError, RuntimeError):

@@ -259,13 +259,16 @@ def test_an_optimizer_that_does_not_wait_is_found(races: Races) -> None:
 
 
 def test_a_capture_is_refused(races: Races, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, averager, optimizer = built()
+    model, averager, optimizer = built()
+    model(torch.ones(2, 4)).sum().backward()
+    before = model[2].weight.detach().clone()
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(StateError, match="replayed with this moment's weight"):
         averager.step()
     with pytest.raises(StateError, match="detach the optimizer that is captured"):
         optimizer.step()
+    assert torch.equal(model[2].weight, before)  # before the step, which would be captured
     assert averager.step_count == 0
 
 
