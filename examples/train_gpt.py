@@ -1,23 +1,27 @@
 """Train a byte-level GPT on the sources of Python's standard library, with an EMA and an SWA of it.
 
-    torchrun --standalone --nproc-per-node 2 examples/train_gpt.py --parallel fsdp2 --save runs/gpt
-    torchrun --standalone --nproc-per-node 3 examples/train_gpt.py --parallel ddp --resume runs/gpt
-    python examples/train_gpt.py --resume runs/gpt --steps 400
+    torchrun --standalone --nproc-per-node 2 examples/train_gpt.py --checkpoints gpt
+    torchrun --standalone --nproc-per-node 3 examples/train_gpt.py --checkpoints gpt --parallel ddp
+    python examples/train_gpt.py --checkpoints gpt --steps 400
 
-A resume works on any number of ranks and any layout; once the steps are done, it just evaluates.
+It goes on from the newest of its checkpoints, on any number of ranks and any layout; once the
+steps are done, it just evaluates. Told to leave (SIGTERM, SIGUSR1), it saves and ends.
 """
 
 import argparse
 import os
 import time
 import zlib
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F  # noqa: N812 -- its usual name
 import xxhash
+from job import Leave, newest
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -129,53 +133,34 @@ def seconds() -> float:
     return time.perf_counter()
 
 
-def main() -> None:
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    many = ["fsdp2", "ddp", "fsdp1", "hsdp", "tp", "tp-fsdp2"]  # hsdp and tp-fsdp2: on 2 x N ranks
-    layouts = ["none"] if world_size == 1 else many
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--parallel", choices=layouts, default=layouts[0])
-    parser.add_argument("--save", type=Path, help="checkpoint to write at the end")
-    parser.add_argument("--resume", type=Path, help="checkpoint to go on from")
-    parser.add_argument("--steps", type=int, default=300, help="those before the resume included")
-    args = parser.parse_args()
-    if args.save and args.save.exists():  # known now, not after the training
-        parser.error(f"--save {args.save}: there is something there already")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if world_size > 1:
-        dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    averager: distavg.Averager,
+    options: argparse.Namespace,
+    share: tuple[int, int],
+    leave: Leave,
+) -> None:
+    """Train up to the last step, or until told to leave.
 
-    torch.manual_seed(0)  # the same initial weights on every rank
-    model = GPT().to(device)
-    model_bytes = sum(p.nbytes for p in model.parameters())
-    model, tensor_parallel = parallelize(model, args.parallel, device)
-    data_rank, data_size = rank // tensor_parallel, world_size // tensor_parallel
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95))
-    ema = distavg.EMA(half_life="10ba")
-    swa = distavg.SWA(start="0.75dur", update_interval="2ba")
-    clock = distavg.Clock(max_duration=f"{args.steps}ba")
-    # Beside tensor-parallel layers plain ones are alike on all ranks, which only we can know.
-    alike = dist.group.WORLD if args.parallel == "tp" else None
-    averager = distavg.Averager(model, {"ema": ema, "swa": swa}, clock=clock, replicas=alike)
-    if args.resume:
-
-        def restore(folder: Path) -> None:
-            weights, state = get_state_dict(model, optimizer)
-            dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder)
-            set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
-
-        averager.load(args.resume, also=restore)
-
-    text, first_step = read_text(held_out=False), averager.step_count
-    step_bytes = data_size * BATCH * CONTEXT
-    total = max(0, args.steps - first_step) * step_bytes
-    progress = tqdm(total=total, unit="tok", unit_scale=True, disable=rank > 0 or total == 0)
-    update_seconds, started = 0.0, seconds()
-    for step in range(first_step, args.steps):
+    Args:
+        model: In its wrapper.
+        optimizer: Its optimizer.
+        averager: Its averager, which knows how many steps were made.
+        options: The command line.
+        share: Which part of every batch this rank takes, and of how many.
+        leave: Whether the job was told to.
+    """
+    text, device = read_text(held_out=False), next(model.parameters()).device
+    todo, step_bytes = range(averager.step_count, options.steps), share[1] * BATCH * CONTEXT
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    total = len(todo) * step_bytes
+    progress = tqdm(total=total, unit="tok", unit_scale=True, disable=not (is_first and total))
+    update_seconds = step_seconds = 0.0
+    for step in todo:
+        started = seconds()
         # A batch follows from step and rank alone: a resume has no loader's state to restore.
-        random = torch.Generator().manual_seed(hash((step, data_rank)))
+        random = torch.Generator().manual_seed(hash((step, share[0])))
         starts = torch.randint(len(text) - CONTEXT, (BATCH,), generator=random)
         # After the warm-up the rate stays constant: averaging does what decaying it would.
         optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 30)
@@ -186,41 +171,103 @@ def main() -> None:
         before_update = seconds()
         averager.step()  # attach(optimizer) would call it; called here, it can be timed
         update_seconds += seconds() - before_update
+        step_seconds += seconds() - started
         progress.set_postfix(step=step + 1, loss=f"{loss.item():.3f}", refresh=False)
         progress.update(step_bytes)
-    share = update_seconds / (seconds() - started)
+        is_last = bool(leave) or step == todo[-1]
+        if options.checkpoints and (is_last or (step + 1) % options.save_every == 0):
+            saving = averager.save(
+                options.checkpoints / f"step-{step + 1}",
+                block=False,
+                keep=3,
+                also=partial(write, *get_state_dict(model, optimizer)),
+            )
+            if is_last:
+                saving.wait()
+        if is_last:
+            break
     progress.close()
-    if args.save:
-        state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-        averager.save(args.save, also=lambda folder: dcp.save(state, checkpoint_id=folder))
+    if is_first and todo:
+        print(f"the updates took {update_seconds / step_seconds:.2%} of the step time")
 
-    text = read_text(held_out=True)
+
+def write(weights: dict[str, Any], state: dict[str, Any], folder: Path) -> None:
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
+
+
+def evaluate(model: nn.Module, averager: distavg.Averager, share: tuple[int, int]) -> list[str]:
+    """The held-out loss of the live weights and of every average."""
+    text, device = read_text(held_out=True), next(model.parameters()).device
     starts = torch.linspace(0, len(text) - CONTEXT - 1, HELD_OUT).long()
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
     @torch.no_grad()
-    def held_out_loss() -> float:
-        mine = starts[data_rank::data_size]
-        loss = loss_of(model, text, mine, device) * len(mine) / HELD_OUT / tensor_parallel
-        if world_size > 1:
+    def loss() -> float:
+        mine = starts[share[0] :: share[1]]
+        loss = loss_of(model, text, mine, device) * len(mine) / HELD_OUT * share[1] / ranks
+        if dist.is_initialized():
             dist.all_reduce(loss)
         return loss.item()
 
-    report = [
-        f"live {held_out_loss():.4f} nats per held-out byte; {model_bytes:,} bytes of weights"
-    ]
+    report = [f"live {loss():.4f} nats per held-out byte"]
     for name in averager.names:
         with averager.applied(name):
-            loss = held_out_loss()
-        held = [averager[name].nbytes] * world_size
-        if world_size > 1:
+            found = loss()
+        held = [averager[name].nbytes] * ranks
+        if dist.is_initialized():
             dist.all_gather_object(held, held[rank])
         sizes = " + ".join(f"{nbytes:,}" for nbytes in held)
-        report += [f"{name}  {loss:.4f} checksum {checksum(averager, name)}; {sizes} bytes"]
-    if args.steps > first_step:
-        report += [f"the updates took {share:.2%} of the step time"]
+        report += [f"{name}  {found:.4f} checksum {checksum(averager, name)}; {sizes} bytes"]
+    return report
+
+
+def main() -> None:
+    layouts = ["fsdp2", "ddp", "fsdp1", "hsdp", "tp", "tp-fsdp2"]  # hsdp, tp-fsdp2: 2 x N ranks
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--parallel", choices=layouts, default="fsdp2", help="on several ranks")
+    parser.add_argument("--checkpoints", type=Path, help="folder to go on from, and to save to")
+    parser.add_argument("--save-every", type=int, default=100, help="steps")
+    parser.add_argument("--steps", type=int, default=300, help="those before a resume included")
+    options = parser.parse_args()
+    leave = Leave()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1:
+        dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
+
+    torch.manual_seed(0)  # the same initial weights on every rank
+    model = GPT().to(device)
+    model_bytes = sum(p.nbytes for p in model.parameters())
+    kind = options.parallel if ranks > 1 else "none"
+    model, tensor_parallel = parallelize(model, kind, device)
+    share = rank // tensor_parallel, ranks // tensor_parallel
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95))
+    ema = distavg.EMA(half_life="10ba")
+    swa = distavg.SWA(start="0.75dur", update_interval="2ba")
+    clock = distavg.Clock(max_duration=f"{options.steps}ba")
+    # Beside tensor-parallel layers plain ones are alike on all ranks, which only we can know.
+    alike = dist.group.WORLD if kind == "tp" else None
+    averager = distavg.Averager(model, {"ema": ema, "swa": swa}, clock=clock, replicas=alike)
+    if options.checkpoints and (checkpoint := newest(options.checkpoints, kind)):
+
+        def restore(folder: Path) -> None:
+            weights, state = get_state_dict(model, optimizer)
+            dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder)
+            set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+
+        averager.load(checkpoint, also=restore)
+
+    train(model, optimizer, averager, options, share, leave)
+    if averager.step_count >= options.steps:
+        report = evaluate(model, averager, share)
+        report[0] += f"; {model_bytes:,} bytes of weights"
+    else:
+        report = [f"told to leave, so left after step {averager.step_count}"]
     if rank == 0:
         print(*report, sep="\n", flush=True)
-    if world_size > 1:
+    if ranks > 1:
         dist.destroy_process_group()
 
 

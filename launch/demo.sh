@@ -43,12 +43,12 @@ run() { # name, ranks, arguments of the example
 }
 
 first=2 first_parallel=fsdp2
-[ "$gpus" = 1 ] && first=1 first_parallel=none && echo "demo: one GPU, so it trains on one rank"
-run "train on $first ranks, $first_parallel" "$first" --parallel $first_parallel --save "$work/gpt"
-run "resume on 3 ranks, fsdp2" 3 --parallel fsdp2 --resume "$work/gpt"
-run "resume on 2 ranks, ddp" 2 --parallel ddp --resume "$work/gpt"
-run "resume on 1 rank" 1 --parallel none --resume "$work/gpt"
+[ "$gpus" = 1 ] && first=1 first_parallel=fsdp2 && echo "demo: one GPU, so it trains on one rank"
+run "train on $first ranks, $first_parallel" "$first" --parallel $first_parallel --checkpoints "$work/gpt"
+run "resume on 3 ranks, fsdp2" 3 --parallel fsdp2 --checkpoints "$work/gpt"
+run "resume on 2 ranks, ddp" 2 --parallel ddp --checkpoints "$work/gpt"
+run "resume on 1 rank" 1 --checkpoints "$work/gpt"
 
 printf '\n=== the checkpoint\n'
-distavg inspect "$work/gpt"
-distavg verify "$work/gpt"
+distavg inspect "$work/gpt/step-$steps"
+distavg verify "$work/gpt/step-$steps"

@@ -3,32 +3,42 @@
 import contextlib
 import importlib.util
 import io
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
+from subprocess import DEVNULL, PIPE
 from unittest import mock
 
+import pytest
 import torch.distributed as dist
 from ranks import run_ranks
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY = ["--steps", "4"]
+QUICK = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def run(ranks: int, example: str, *arguments: str, cwd: Path) -> str:
+def torchrun(ranks: int, example: str, *arguments: str) -> list[str]:
     command = [sys.executable]
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [*command, str(EXAMPLES / example), *arguments]
+
+
+def run(ranks: int, example: str, *arguments: str, cwd: Path) -> str:
     finished = subprocess.run(
-        [*command, str(EXAMPLES / example), *arguments],
+        torchrun(ranks, example, *arguments),
         cwd=cwd,
         capture_output=True,
         text=True,
         timeout=100,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=QUICK,
         check=False,
     )
     assert finished.returncode == 0, finished.stderr
@@ -65,7 +75,8 @@ def in_process(*arguments: str) -> str:
     assert spec is not None
     assert spec.loader is not None
     example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
+    with mock.patch.object(sys, "path", [str(EXAMPLES), *sys.path]):
+        spec.loader.exec_module(example)
     example.HELD_OUT = 12  # sequences, instead of 128
     printed = io.StringIO()
     with (
@@ -73,6 +84,7 @@ def in_process(*arguments: str) -> str:
         mock.patch.object(sys, "argv", ["train_gpt.py", *arguments]),
         mock.patch.object(dist, "init_process_group"),
         mock.patch.object(dist, "destroy_process_group"),
+        mock.patch.object(signal, "signal"),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # PyTorch's, about FSDP1 and its checkpoints
@@ -81,21 +93,46 @@ def in_process(*arguments: str) -> str:
 
 
 def test_a_run_resumes_on_other_world_sizes_and_layouts(tmp_path: Path) -> None:
-    saved = run(2, "train_gpt.py", "--save=gpt", *TINY, cwd=tmp_path)
+    saved = run(2, "train_gpt.py", "--checkpoints=gpt", *TINY, cwd=tmp_path)
     assert len(checksums(saved)) == 2
-    resume = f"--resume={tmp_path / 'gpt'}"
+    resume = f"--checkpoints={tmp_path / 'gpt'}"
     for size, layout in [(3, "ddp"), (2, "fsdp1"), (2, "hsdp"), (2, "tp"), (2, "tp-fsdp2")]:
         printed = run_ranks(in_process, size, resume, f"--parallel={layout}", *TINY)
         assert checksums(printed[0]) == checksums(saved), layout
-    more = run(1, "train_gpt.py", "--resume=gpt", "--steps=8", "--save=more", cwd=tmp_path)
+    more = run(1, "train_gpt.py", "--checkpoints=gpt", "--steps=8", cwd=tmp_path)
     assert len({*checksums(saved), *checksums(more)}) == 4  # it went on
+    starts = (tmp_path / "gpt/starts.jsonl").read_text().splitlines()
+    starts = [json.loads(line) for line in starts]
+    assert [each["took"] for each in starts] == [None, *["step-4"] * 6]
+    assert [each["ranks"] for each in starts] == [2, 3, 2, 2, 2, 2, 1]
 
 
 def test_fsdp1_saves_what_fsdp2_resumes(tmp_path: Path) -> None:
-    path = tmp_path / "gpt"
-    saved = run_ranks(in_process, 2, f"--save={path}", "--parallel=fsdp1", *TINY)
-    again = run_ranks(in_process, 3, f"--resume={path}", *TINY)
+    folder = f"--checkpoints={tmp_path}"
+    saved = run_ranks(in_process, 2, folder, "--parallel=fsdp1", *TINY)
+    again = run_ranks(in_process, 3, folder, *TINY)
     assert checksums(again[0]) == checksums(saved[0]) != []
+
+
+@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGUSR1], ids=lambda each: each.name)
+def test_a_run_that_is_told_to_leave_saves_and_goes_on_later(
+    tmp_path: Path, told: signal.Signals
+) -> None:
+    command = torchrun(2, "train_gpt.py", "--checkpoints=gpt", "--steps=100000")
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=PIPE, stderr=DEVNULL, text=True, env=QUICK
+    ) as job:
+        assert job.stdout is not None
+        assert job.stdout.readline() == "starts anew in gpt\n"
+        time.sleep(2)  # some steps
+        children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text()
+        os.kill(int(children.split()[0]), told)  # one rank; the other hears of it from that
+        output = job.communicate(timeout=60)[0]
+    assert job.returncode == 0
+    step = int(re.findall(r"left after step (\d+)$", output)[0])
+    more = run(1, "train_gpt.py", "--checkpoints=gpt", f"--steps={step + 8}", cwd=tmp_path)
+    assert more.startswith(f"starts from gpt/step-{step}\n")
+    assert len(checksums(more)) == 2
 
 
 def test_a_teacher_runs_in_every_step(tmp_path: Path) -> None:
