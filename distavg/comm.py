@@ -11,10 +11,10 @@ import functools
 import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -22,8 +22,9 @@ from torch import Tensor
 
 from distavg.errors import DistavgError, RankError
 from distavg.foreach import as_bytes
+from distavg.rollcall import RollCall
 
-__all__ = ["MESSAGE_BYTES", "Comm", "lost_rank"]
+__all__ = ["MESSAGE_BYTES", "Comm"]
 
 T = TypeVar("T")
 
@@ -66,23 +67,33 @@ class Comm:
         self, process_group: dist.ProcessGroup | None = None, timeout: timedelta | None = None
     ) -> None:
         self.group: dist.ProcessGroup | None = None
+        self._roll: RollCall | None = None
         self.timeout = timeout
         self._announced: object = None
         self.ranks: tuple[int, ...] = (0,)
         self.rank, self.size = 0, 1
         if dist.is_available() and dist.is_initialized():
             self.ranks = tuple(dist.get_process_group_ranks(process_group or dist.group.WORLD))
-            with lost_rank("making a group of the ranks"):
-                self.group = _GROUPS.get(self.ranks, timeout)
+            self.group, self._roll = _GROUPS.get(self.ranks, timeout)
             _let_gloo_finish_at_exit()
             self.rank, self.size = dist.get_rank(self.group), len(self.ranks)
+
+    def waiting(
+        self, doing: str, others: Sequence[int] | None = None
+    ) -> AbstractContextManager[None]:
+        """Around a collective over these ranks: if it fails, the error says who did not come.
+
+        Args:
+            doing: What for, in an error's words; the same on all ranks.
+            others: The global ranks that take part, besides this one; None for all.
+        """
+        return nullcontext() if self._roll is None else self._roll.waiting(doing, others)
 
     def for_a_thread(self) -> "Comm":
         """The same ranks over another group, for a thread. Collective when it is first called."""
         other = copy.copy(self)
         if self.group is not None:
-            with lost_rank("making a group of the ranks"):
-                other.group = _GROUPS.get(self.ranks, self.timeout, purpose="a thread")
+            other.group, other._roll = _GROUPS.get(self.ranks, self.timeout, purpose="a thread")
         return other
 
     @property
@@ -108,7 +119,7 @@ class Comm:
         """Every rank's bytes, filled up to a common length."""
         sent = torch.frombuffer(bytearray(mine.ljust(length)), dtype=torch.uint8)
         received = [torch.empty_like(sent) for _ in range(self.size)]
-        with lost_rank(doing):
+        with self.waiting(doing):
             dist.all_gather(received, sent, group=self.group)
         return [each.numpy().tobytes() for each in received]
 
@@ -117,7 +128,7 @@ class Comm:
         if self.size == 1:
             return [value]
         values: list[Any] | None = [None] * self.size if self.rank == 0 else None
-        with lost_rank(doing):
+        with self.waiting(doing):
             dist.gather_object(value, values, group=self.group, group_dst=0)
         return values
 
@@ -126,7 +137,7 @@ class Comm:
         if self.size == 1:
             return value
         box = [value]
-        with lost_rank(doing):
+        with self.waiting(doing):
             dist.broadcast_object_list(box, group=self.group, group_src=source)
         return box[0]
 
@@ -136,25 +147,25 @@ class Comm:
         One all-reduce, after which all ranks have the same bits: gloo sums each part in one place.
         """
         if self.size > 1:
-            with lost_rank(doing):
+            with self.waiting(doing):
                 dist.all_reduce(tensor, group=self.group)
 
     def broadcast_tensor(self, tensor: Tensor, doing: str) -> None:
         """Overwrite a contiguous host tensor by rank 0's. Collective; `tensor.nbytes` bytes."""
         for part in self._messages(tensor):
-            with lost_rank(doing):
+            with self.waiting(doing):
                 dist.broadcast(part, group=self.group, group_src=0)
 
     def send(self, tensor: Tensor, rank: int, doing: str) -> None:
         """Send a contiguous host tensor to a rank, which must `receive` it."""
         for part in self._messages(tensor):
-            with lost_rank(doing):
+            with self.waiting(doing, [self.ranks[rank]]):
                 dist.send(part, group=self.group, group_dst=rank)
 
     def receive(self, tensor: Tensor, rank: int, doing: str) -> None:
         """Receive into a contiguous host tensor what a rank `send`s."""
         for part in self._messages(tensor):
-            with lost_rank(doing):
+            with self.waiting(doing, [self.ranks[rank]]):
                 dist.recv(part, group=self.group, group_src=rank)
 
     def announce(self, code: int, doing: str) -> dict[int, int]:
@@ -170,7 +181,7 @@ class Comm:
             return {}
         mine = torch.tensor([code], device="cpu")
         codes = [torch.zeros_like(mine) for _ in range(self.size)]
-        with lost_rank(doing):
+        with self.waiting(doing):
             work = dist.all_gather(codes, mine, group=self.group, async_op=True)
             if code:
                 self._announced = (work, mine, codes)  # the tensors must outlive the message
@@ -250,21 +261,6 @@ def _let_gloo_finish_at_exit() -> None:
     atexit.register(time.sleep, 0.05)
 
 
-@contextmanager
-def lost_rank(doing: str) -> Iterator[None]:
-    """Raise RankError where a collective in the body fails."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:  # timeouts and dead peers are reported so
-        raise RankError(
-            f"{doing}: lost contact with another rank, which has ended or did not come within the "
-            "timeout (Averager(timeout=...)); the rank that failed has the cause in its own "
-            f"output. {error}"
-        ) from error
-
-
 class _Groups:
     """The gloo groups that this process has made, one for each set of ranks, timeout and purpose.
 
@@ -274,21 +270,28 @@ class _Groups:
 
     def __init__(self) -> None:
         self._world: dist.ProcessGroup | None = None
-        self._made: dict[tuple[tuple[int, ...], timedelta | None, str], dist.ProcessGroup] = {}
+        self._made: dict[
+            tuple[tuple[int, ...], timedelta | None, str], tuple[dist.ProcessGroup, RollCall]
+        ] = {}
 
     def get(
         self, ranks: tuple[int, ...], timeout: timedelta | None, purpose: str = ""
-    ) -> dist.ProcessGroup:
+    ) -> tuple[dist.ProcessGroup, RollCall]:
         """The group of these ranks. Collective over them when it is asked for first."""
-        if self._world is not dist.group.WORLD:  # the job has begun anew
-            self._world, self._made = dist.group.WORLD, {}
+        world = dist.group.WORLD
+        if self._world is not world:  # the job has begun anew
+            self._world, self._made = world, {}
         if (ranks, timeout, purpose) not in self._made:
-            self._made[ranks, timeout, purpose] = dist.new_group(
-                list(ranks),
-                timeout=timeout,
-                backend="gloo",
-                use_local_synchronization=len(ranks) < dist.get_world_size(),
-            )
+            with RollCall(cast(dist.ProcessGroup, world), ranks).waiting(
+                "making a group of the ranks"
+            ):
+                group = dist.new_group(
+                    list(ranks),
+                    timeout=timeout,
+                    backend="gloo",
+                    use_local_synchronization=len(ranks) < dist.get_world_size(),
+                )
+            self._made[ranks, timeout, purpose] = group, RollCall(group, ranks)
         return self._made[ranks, timeout, purpose]
 
 

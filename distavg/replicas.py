@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distavg.comm import MESSAGE_BYTES, Comm, lost_rank
+from distavg.comm import MESSAGE_BYTES, Comm
 from distavg.foreach import chunks
 
 __all__ = ["ReplicaGroup"]
@@ -44,7 +44,7 @@ class ReplicaGroup:
     ) -> None:
         self.ranks = ranks
         self.rank = ranks.index(comm.ranks[comm.rank])
-        self._host = comm.group
+        self._comm = comm
         self._direct = known if device_type != "cpu" else None
         self._timeout = comm.timeout
 
@@ -75,20 +75,20 @@ class ReplicaGroup:
         """One round: each owner's message, if it has one left, to all others."""
         received: list[tuple[_Message, Tensor]] = []
         works: list[tuple[dist.Work, Tensor]] = []
-        with lost_rank(doing):
+        with self._comm.waiting(doing, self.ranks):
             for owner, message in enumerate(messages):
                 if message is None:
                     continue
                 if owner != self.rank:
                     flat = message.buffer()
                     received.append((message, flat))
-                    work = dist.irecv(flat, self.ranks[owner], group=self._host)
+                    work = dist.irecv(flat, self.ranks[owner], group=self._comm.group)
                     works.append((cast(dist.Work, work), flat))
                     continue
                 flat = message.packed()
                 for other in self.ranks:
                     if other != self.ranks[owner]:
-                        work = dist.isend(flat, other, group=self._host)
+                        work = dist.isend(flat, other, group=self._comm.group)
                         works.append((cast(dist.Work, work), flat))
             try:
                 for work, _ in works:
@@ -101,7 +101,7 @@ class ReplicaGroup:
 
     def _broadcast(self, message: "_Message", owner: int, doing: str) -> None:
         flat = message.packed(on_host=False)
-        with lost_rank(doing):
+        with self._comm.waiting(doing, self.ranks):
             work = dist.broadcast(flat, group=self._direct, group_src=owner, async_op=True)
             work.wait(self._timeout) if self._timeout is not None else work.wait()
         if self.rank != owner:

@@ -198,7 +198,7 @@ def test_a_rank_that_announces_a_failure_does_not_wait() -> None:
 def wait_for_one_that_never_comes(collective: str) -> tuple[str, float] | None:
     ranks = Comm(timeout=timedelta(seconds=1))
     if ranks.rank == 1:
-        time.sleep(2)  # alive, and elsewhere
+        time.sleep(4)  # alive, and elsewhere
         return None
     calls = {
         "gather": lambda: ranks.gather(1, "testing"),
@@ -214,9 +214,9 @@ def test_a_rank_that_never_comes_ends_the_wait_after_the_timeout(collective: str
     found = run_ranks(wait_for_one_that_never_comes, 2, collective)[0]
     assert found is not None
     text, seconds = found
-    assert text.startswith("RankError: testing: lost contact with another rank")
+    assert text.startswith("RankError: testing: lost contact with rank 1")
     assert "Averager(timeout=" in text
-    assert 0.9 < seconds < 2
+    assert 0.9 < seconds < 4
 
 
 def vote_with_the_dead() -> tuple[str, float]:

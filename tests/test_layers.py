@@ -22,6 +22,7 @@ LEVELS = (
     "schedule",
     "names",
     "foreach",
+    "rollcall",
     "comm",
     "replicas",
     "tensors",

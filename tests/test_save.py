@@ -298,8 +298,32 @@ def test_every_rank_hears_of_a_refusal(tmp_path: Path) -> None:
         assert texts[6].startswith("CheckpointError: ")
         assert "rank 1: " in texts[6]
         assert "rank 2: " in texts[6]
-        assert "was made by rank 0 and is not visible here: all ranks must save to" in texts[6]
+        assert "own-1 on the machine " in texts[6]
+        assert "in which rank 0 has begun the save: save to a file system that all" in texts[6]
         assert texts[7] == "['file', 'folder', 'taken']"
+
+
+def save_on_two_machines(root: str) -> list[str]:
+    """Each rank has a folder of its own, where there is a checkpoint of the same names."""
+    _, averager = trained("fsdp2", Uneven)
+    mine = Path(root) / f"machine-{dist.get_rank()}" / "a"
+    called: list[Path] = []
+    options: list[dict[str, Any]] = [{}, {"also": called.append}, {"block": False}]
+    texts = [error_of(averager.save, mine, overwrite=True, **each) for each in options]
+    return [*texts, *map(str, called)]
+
+
+def test_machines_that_share_no_folder_are_found_at_the_first_save(tmp_path: Path) -> None:
+    _, averager = trained("plain", Uneven)
+    for machine in (tmp_path / "machine-0", tmp_path / "machine-1"):
+        averager.save(machine / "a", also=lambda folder: (folder / "model").touch())
+    before = tree(tmp_path)
+    for texts in run_ranks(save_on_two_machines, 2, str(tmp_path)):
+        assert len(texts) == 3
+        for text in texts:
+            assert f"{tmp_path}/machine-1/a on the machine " in text
+            assert "save to a file system that all ranks share" in text
+    assert tree(tmp_path) == before
 
 
 # ------------------------------------------------------------------------ one rank fails, all raise
@@ -558,8 +582,11 @@ def test_a_dead_save_is_invisible_and_cleaned_by_the_next(tmp_path: Path) -> Non
     path = tmp_path / "a"
     first, second = run_ranks(die_in_also, 2, str(tmp_path), 0, expect_death=(0,))
     assert first is None
-    assert second.startswith(f"RankError: saving to {path}: lost contact with another rank")
-    assert {each.name for each in path.iterdir()} == {MARKER, "ema", "swa", "train"}
+    assert second.startswith(f"RankError: saving to {path}: lost contact with rank 0")
+    left = sorted(each.name for each in path.iterdir())
+    assert left.pop(0) == MARKER
+    assert left.pop(0).startswith(".manifest.json.")
+    assert left == ["ema", "swa", "train"]
     with pytest.raises(CheckpointNotFound) as caught:
         values_in(path)
     assert str(caught.value) == (

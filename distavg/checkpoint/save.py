@@ -1,11 +1,12 @@
 """Saving: every rank writes its own shards, and one rename commits them all.
 
-1. Rank 0 checks the target, picks the save id and the folders, makes them. A vote, in which the
-   others learn of them.
+1. Rank 0 checks the target, picks the save id and the folders, makes them, and a file with the id
+   in its name. A vote, in which the others learn of them. Who does not see that file does not share
+   the folder. A vote.
 2. `also=` runs on every rank. A vote. From here on a background save goes on in a thread.
 3. Every rank writes and flushes its files. A vote.
 4. Rank 0 gathers what was written, proves that every tensor is covered exactly once, and writes
-   the manifest beside its place. A vote.
+   the manifest beside its place, into that file. A vote.
 5. Rank 0 renames the manifest into place: the commit. Then it removes what was replaced. A vote.
 
 On any failure every rank raises, and rank 0 removes what was written. While a save is under way
@@ -15,6 +16,7 @@ removes the folders that are not committed, and nothing else.
 
 import json
 import logging
+import platform
 import shutil
 import threading
 import time
@@ -274,6 +276,8 @@ class Save:
                 if comm.rank == 0:
                     vote.answer, self._marker = _prepare(request, contents)
             self._target: _Target = vote.answers[0]
+            with comm.together(self._doing):
+                _check_shared(request.path, self._target)
             if request.also is not None:
                 with comm.together(self._doing), _as_checkpoint_error(request.path):
                     folder = request.path / str(self._target.extra_folder)
@@ -365,9 +369,11 @@ def _prepare(request: SaveRequest, contents: Sequence[Contents]) -> tuple[_Targe
         folders = {each.name: _free_name(each.name, taken) for each in contents}
         extra = _free_name(_EXTRA_NAME, taken) if request.also is not None else None
         made = [*folders.values(), *([extra] if extra is not None else [])]
+        target = _Target(uuid.uuid4().hex, folders, extra)
         marker = take_marker(path, made + replaced)
         for folder in made:
             (path / folder).mkdir()
+        _temporary(path, target).touch()
         fsync_path(path)
     except BaseException as error:
         if isinstance(error, (OSError, CheckpointError)):
@@ -378,7 +384,7 @@ def _prepare(request: SaveRequest, contents: Sequence[Contents]) -> tuple[_Targe
         if marker is not None:
             marker.close()
         raise
-    return _Target(uuid.uuid4().hex, folders, extra), marker
+    return target, marker
 
 
 def _free_name(name: str, taken: set[str]) -> str:
@@ -410,13 +416,21 @@ def check_copies(
         check_equal(comm, copies, f"{doing}: average {average.name!r}")
 
 
+def _check_shared(path: Path, target: _Target) -> None:
+    """Whether this machine sees what rank 0 has written: no other save has a file of this name.
+
+    Raises:
+        CheckpointError: It does not.
+    """
+    if not _temporary(path, target).exists():
+        raise CheckpointError(
+            f"{path} on the machine {platform.node()!r} is not the folder of that name in which "
+            "rank 0 has begun the save: save to a file system that all ranks share"
+        )
+
+
 def _write(request: SaveRequest, target: _Target, contents: Contents, rank: int) -> list[SavedFile]:
     folder = target.folders[contents.name]
-    if not (request.path / folder).is_dir():
-        raise CheckpointError(
-            f"{request.path / folder} was made by rank 0 and is not visible here: all ranks must "
-            "save to one shared file system"
-        )
     files = write_shards(request.path, folder, rank, contents.shards, target.save_id)
     fsync_path(request.path / folder)
     return files
