@@ -8,55 +8,100 @@ import os
 import signal
 import time
 from pathlib import Path
-from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import distavg
 
 
-class Leave:
-    """Hears what tells a job to leave: SIGTERM from an agent or a scheduler, SIGUSR1 from launch/.
+class Job:
+    """A training run and its folder of checkpoints.
 
-    Nothing happens at once: the training loop asks, and leaves between two steps.
+    Told to leave (SIGTERM from an agent or a scheduler, SIGUSR1 from launch/slurm.sbatch), nothing
+    happens at once: the training loop asks, saves, and leaves between two steps.
+
+    Args:
+        folder: Where the checkpoints are; None to save and resume nothing.
+        averager: The averager of the model.
+        model: In its wrapper.
+        optimizer: Its optimizer.
+        others: What else goes on where it was, by name: objects with a `state_dict`.
     """
 
-    def __init__(self) -> None:
-        self._is_told = False
+    def __init__(
+        self,
+        folder: Path | None,
+        averager: distavg.Averager,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        **others: Any,
+    ) -> None:
+        self.folder, self.averager = folder, averager
+        self.model, self.optimizer, self.others = model, optimizer, others
+        self.saving: distavg.SaveHandle | None = None
+        self.is_told = False
+        self.is_first = not dist.is_initialized() or dist.get_rank() == 0
         for each in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(each, self._hear)
+            signal.signal(each, lambda *_: setattr(self, "is_told", True))
 
-    def _hear(self, _: int, __: FrameType | None) -> None:
-        self._is_told = True
+    def resume(self) -> None:
+        """Go on from the newest checkpoint, recorded in `starts.jsonl`. Collective."""
+        if self.folder is None:
+            return
+        found = [distavg.latest(self.folder)]
+        if dist.is_initialized():  # what another rank finds a moment later may be another
+            dist.broadcast_object_list(found)
+        if self.is_first:
+            self._record(found[0])
+        if found[0] is not None:
+            self.averager.load(found[0], also=self._read)
 
-    def __bool__(self) -> bool:
+    def _record(self, found: Path | None) -> None:
+        start = {
+            "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "took": found and found.name,
+            "ranks": dist.get_world_size() if dist.is_initialized() else 1,
+            "restarts": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+            "job": os.environ.get("SLURM_JOB_ID"),
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "starts.jsonl").open("a") as file:
+            file.write(json.dumps(start) + "\n")
+        print(f"starts from {found}" if found else f"starts anew in {self.folder}", flush=True)
+
+    def must_leave(self) -> bool:
         """Whether any rank was told to. Collective: ranks hear of it at different steps."""
-        told = torch.tensor(self._is_told, dtype=torch.uint8)
+        told = torch.tensor(self.is_told, dtype=torch.uint8)
         if dist.is_initialized():
             dist.all_reduce(told, dist.ReduceOp.MAX)
         return bool(told)
 
+    def save(self) -> None:
+        """Save in the background; the newest three are kept. Collective."""
+        if self.folder is not None:
+            path = self.folder / f"step-{self.averager.step_count}"
+            self.saving = self.averager.save(path, block=False, keep=3, also=self._write)
 
-def newest(folder: Path, parallel: str) -> Path | None:
-    """The checkpoint to go on from, recorded in `starts.jsonl`. Collective.
+    def finish(self) -> None:
+        """Wait for the last save."""
+        if self.saving is not None:
+            self.saving.wait()
 
-    The first rank looks for all: what one rank finds a moment later may be another.
-    """
-    found = [distavg.latest(folder)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found)
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        start = {
-            "time": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "took": found[0] and found[0].name,
-            "ranks": dist.get_world_size() if dist.is_initialized() else 1,
-            "parallel": parallel,
-            "restarts": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
-            "job": os.environ.get("SLURM_JOB_ID"),
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "starts.jsonl").open("a") as file:
-            file.write(json.dumps(start) + "\n")
-        print(f"starts from {found[0]}" if found[0] else f"starts anew in {folder}", flush=True)
-    return found[0]
+    def _write(self, folder: Path) -> None:
+        weights, state = get_state_dict(self.model, self.optimizer)
+        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
+        if self.is_first:
+            others = {name: each.state_dict() for name, each in self.others.items()}
+            torch.save(others, folder / "others.pt")
+
+    def _read(self, folder: Path) -> None:
+        weights, state = get_state_dict(self.model, self.optimizer)
+        dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder)
+        set_state_dict(self.model, self.optimizer, model_state_dict=weights, optim_state_dict=state)
+        for name, state in torch.load(folder / "others.pt").items():
+            self.others[name].load_state_dict(state)

@@ -1,22 +1,25 @@
 """Handwritten digits with a residual BatchNorm network: SWA, and whose statistics it needs.
 
-    python examples/train_digits.py --picture digits.png
+    python examples/train_digits.py --picture digits.png --checkpoints runs/digits
     torchrun --standalone --nproc-per-node 2 examples/train_digits.py --parallel fsdp2 --mixup
 
 For each seed: a baseline under OneCycle; runs that leave OneCycle for SWALR and average the last 5
 and 10 epochs, evaluated with stale BatchNorm statistics, with those of one rank's data (an eighth),
-and with distavg's, of all ranks'; and the baseline fine-tuned for as many epochs with SWA.
+and with distavg's, of all ranks'; and the baseline fine-tuned for as many epochs with SWA. Told to
+leave (SIGTERM, SIGUSR1), it saves, and goes on there when it is started again.
 """
 
 import argparse
 import os
 import statistics
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812 -- its usual name
+from job import Job
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -29,6 +32,24 @@ import distavg
 TRAIN, VALID = 500, 300  # images; the other 997 are held out
 BATCH, MAX_LR, SWA_LR = 50, 0.3, 0.1
 Data = dict[str, tuple[Tensor, Tensor]]
+
+
+class Left(Exception):
+    """The job was told to leave, and has saved."""
+
+
+class Progress:
+    """What a training goes on with besides weights, optimizer and scheduler."""
+
+    def __init__(self) -> None:
+        self.curve: list[float] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"curve": self.curve, "random": torch.get_rng_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.curve = state["curve"]
+        torch.set_rng_state(state["random"])
 
 
 class Residual(nn.Module):
@@ -100,6 +121,7 @@ def loss_of(model: nn.Module, x: Tensor, y: Tensor, options: argparse.Namespace)
 
 
 def train(
+    name: str,
     data: Data,
     options: argparse.Namespace,
     epochs: int,
@@ -109,6 +131,7 @@ def train(
     """A trained model, its averager, and the validation accuracy after each epoch.
 
     The last epochs are averaged, at SWALR's constant rate. From a trained state, all of them.
+    Raises `Left` when told to leave.
     """
     model = network(options.parallel)
     if start is not None:
@@ -126,16 +149,25 @@ def train(
         )
         if swa_epochs:
             scheduler = distavg.ThenSWALR(scheduler, averager, SWA_LR, anneal_epochs=steps)
-    curve = []
-    for _ in range(epochs):
+    progress = Progress()
+    folder = options.checkpoints and options.checkpoints / name
+    job = Job(folder, averager, model, optimizer, scheduler=scheduler, progress=progress)
+    job.resume()
+    while len(progress.curve) < epochs:
         model.train()
         for x, y in batches(*data["train"]):
             loss_of(model, x, y, options).backward()
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step()
-        curve.append(accuracy(model, data["valid"]))
-    return model, averager, curve
+        progress.curve.append(accuracy(model, data["valid"]))
+        must_leave = job.must_leave()
+        if must_leave or len(progress.curve) == epochs:
+            job.save()
+            job.finish()
+        if must_leave:
+            raise Left
+    return model, averager, progress.curve
 
 
 def evaluate(model: nn.Module, averager: distavg.Averager, data: Data) -> dict[str, float]:
@@ -162,14 +194,16 @@ def run(seed: int, options: argparse.Namespace) -> tuple[dict[str, float], list[
         torch.manual_seed(seed)
         return call(*args, **kwargs)
 
-    model, _, curve = seeded(train, data, options, options.epochs)
+    model, _, curve = seeded(train, f"{seed}-baseline", data, options, options.epochs)
     results["baseline"] = accuracy(model, data["test"])
     for swa_epochs in options.swa_epochs:
-        swa, averager, _ = seeded(train, data, options, options.epochs, swa_epochs)
+        name = f"{seed}-swa-{swa_epochs}"
+        swa, averager, _ = seeded(train, name, data, options, options.epochs, swa_epochs)
         for whose, value in evaluate(swa, averager, data).items():
             results[f"SWA over {swa_epochs} epochs, {whose} statistics"] = value
     epochs = options.swa_epochs[0]
-    tuned, averager, _ = seeded(train, data, options, epochs, epochs, start=model.state_dict())
+    name, state = f"{seed}-tuned", model.state_dict()
+    tuned, averager, _ = seeded(train, name, data, options, epochs, epochs, start=state)
     results[f"fine-tuned for {epochs} epochs, live"] = accuracy(tuned, data["test"])
     for whose, value in evaluate(tuned, averager, data).items():
         results[f"fine-tuned for {epochs} epochs, SWA, {whose} statistics"] = value
@@ -184,6 +218,7 @@ def main() -> None:
     parser.add_argument("--parallel", choices=["ddp", "fsdp2"], default="ddp")
     parser.add_argument("--mixup", action="store_true")
     parser.add_argument("--label-smoothing", type=float, default=0.0)
+    parser.add_argument("--checkpoints", type=Path, help="folder to go on from, and to save to")
     parser.add_argument("--picture", help="a file for the validation curves")
     options = parser.parse_args()
     os.environ.setdefault("MASTER_ADDR", "localhost")
@@ -192,8 +227,12 @@ def main() -> None:
         "gloo", rank=int(os.environ.get("RANK", 0)), world_size=int(os.environ.get("WORLD_SIZE", 1))
     )
     is_first = dist.get_rank() == 0
-    runs = [run(seed, options) for seed in tqdm(range(options.seeds), disable=not is_first)]
-    if is_first:
+    try:
+        runs = [run(seed, options) for seed in tqdm(range(options.seeds), disable=not is_first)]
+    except Left:
+        runs = []
+        print("told to leave", flush=True)
+    if is_first and runs:
         print(f"held-out accuracy in percent, mean and standard error over {options.seeds} seeds")
         for what in runs[0][0]:
             values = [results[what] for results, _ in runs]

@@ -12,18 +12,14 @@ import argparse
 import os
 import time
 import zlib
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F  # noqa: N812 -- its usual name
 import xxhash
-from job import Leave, newest
+from job import Job
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -134,33 +130,19 @@ def seconds() -> float:
 
 
 def train(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    averager: distavg.Averager,
-    options: argparse.Namespace,
-    share: tuple[int, int],
-    leave: Leave,
+    job: Job, options: argparse.Namespace, data_rank: int, data_size: int, device: torch.device
 ) -> None:
-    """Train up to the last step, or until told to leave.
-
-    Args:
-        model: In its wrapper.
-        optimizer: Its optimizer.
-        averager: Its averager, which knows how many steps were made.
-        options: The command line.
-        share: Which part of every batch this rank takes, and of how many.
-        leave: Whether the job was told to.
-    """
-    text, device = read_text(held_out=False), next(model.parameters()).device
-    todo, step_bytes = range(averager.step_count, options.steps), share[1] * BATCH * CONTEXT
-    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    """Train up to the last step, or until told to leave, on this rank's share of every batch."""
+    model, optimizer, averager = job.model, job.optimizer, job.averager
+    text = read_text(held_out=False)
+    todo, step_bytes = range(averager.step_count, options.steps), data_size * BATCH * CONTEXT
     total = len(todo) * step_bytes
-    progress = tqdm(total=total, unit="tok", unit_scale=True, disable=not (is_first and total))
+    progress = tqdm(total=total, unit="tok", unit_scale=True, disable=not (job.is_first and total))
     update_seconds = step_seconds = 0.0
     for step in todo:
         started = seconds()
         # A batch follows from step and rank alone: a resume has no loader's state to restore.
-        random = torch.Generator().manual_seed(hash((step, share[0])))
+        random = torch.Generator().manual_seed(hash((step, data_rank)))
         starts = torch.randint(len(text) - CONTEXT, (BATCH,), generator=random)
         # After the warm-up the rate stays constant: averaging does what decaying it would.
         optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 30)
@@ -174,37 +156,33 @@ def train(
         step_seconds += seconds() - started
         progress.set_postfix(step=step + 1, loss=f"{loss.item():.3f}", refresh=False)
         progress.update(step_bytes)
-        is_last = bool(leave) or step == todo[-1]
-        if options.checkpoints and (is_last or (step + 1) % options.save_every == 0):
-            saving = averager.save(
-                options.checkpoints / f"step-{step + 1}",
-                block=False,
-                keep=3,
-                also=partial(write, *get_state_dict(model, optimizer)),
-            )
-            if is_last:
-                saving.wait()
+        is_last = job.must_leave() or step == todo[-1]
+        if is_last or (step + 1) % options.save_every == 0:
+            job.save()
         if is_last:
             break
     progress.close()
-    if is_first and todo:
+    job.finish()
+    if job.is_first and todo:
         print(f"the updates took {update_seconds / step_seconds:.2%} of the step time")
 
 
-def write(weights: dict[str, Any], state: dict[str, Any], folder: Path) -> None:
-    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
-
-
-def evaluate(model: nn.Module, averager: distavg.Averager, share: tuple[int, int]) -> list[str]:
+def evaluate(
+    model: nn.Module,
+    averager: distavg.Averager,
+    data_rank: int,
+    data_size: int,
+    device: torch.device,
+) -> list[str]:
     """The held-out loss of the live weights and of every average."""
-    text, device = read_text(held_out=True), next(model.parameters()).device
+    text = read_text(held_out=True)
     starts = torch.linspace(0, len(text) - CONTEXT - 1, HELD_OUT).long()
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
     @torch.no_grad()
     def loss() -> float:
-        mine = starts[share[0] :: share[1]]
-        loss = loss_of(model, text, mine, device) * len(mine) / HELD_OUT * share[1] / ranks
+        mine = starts[data_rank::data_size]
+        loss = loss_of(model, text, mine, device) * len(mine) / HELD_OUT * data_size / ranks
         if dist.is_initialized():
             dist.all_reduce(loss)
         return loss.item()
@@ -229,7 +207,6 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=100, help="steps")
     parser.add_argument("--steps", type=int, default=300, help="those before a resume included")
     options = parser.parse_args()
-    leave = Leave()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -242,7 +219,7 @@ def main() -> None:
     model_bytes = sum(p.nbytes for p in model.parameters())
     kind = options.parallel if ranks > 1 else "none"
     model, tensor_parallel = parallelize(model, kind, device)
-    share = rank // tensor_parallel, ranks // tensor_parallel
+    data = rank // tensor_parallel, ranks // tensor_parallel, device
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95))
     ema = distavg.EMA(half_life="10ba")
     swa = distavg.SWA(start="0.75dur", update_interval="2ba")
@@ -250,18 +227,11 @@ def main() -> None:
     # Beside tensor-parallel layers plain ones are alike on all ranks, which only we can know.
     alike = dist.group.WORLD if kind == "tp" else None
     averager = distavg.Averager(model, {"ema": ema, "swa": swa}, clock=clock, replicas=alike)
-    if options.checkpoints and (checkpoint := newest(options.checkpoints, kind)):
-
-        def restore(folder: Path) -> None:
-            weights, state = get_state_dict(model, optimizer)
-            dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder)
-            set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
-
-        averager.load(checkpoint, also=restore)
-
-    train(model, optimizer, averager, options, share, leave)
+    job = Job(options.checkpoints, averager, model, optimizer)
+    job.resume()
+    train(job, options, *data)
     if averager.step_count >= options.steps:
-        report = evaluate(model, averager, share)
+        report = evaluate(model, averager, *data)
         report[0] += f"; {model_bytes:,} bytes of weights"
     else:
         report = [f"told to leave, so left after step {averager.step_count}"]

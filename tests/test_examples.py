@@ -15,7 +15,6 @@ from pathlib import Path
 from subprocess import DEVNULL, PIPE
 from unittest import mock
 
-import pytest
 import torch.distributed as dist
 from ranks import run_ranks
 
@@ -114,25 +113,40 @@ def test_fsdp1_saves_what_fsdp2_resumes(tmp_path: Path) -> None:
     assert checksums(again[0]) == checksums(saved[0]) != []
 
 
-@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGUSR1], ids=lambda each: each.name)
-def test_a_run_that_is_told_to_leave_saves_and_goes_on_later(
-    tmp_path: Path, told: signal.Signals
-) -> None:
-    command = torchrun(2, "train_gpt.py", "--checkpoints=gpt", "--steps=100000")
+def told_to_leave(told: signal.Signals, ranks: int, *command: str, cwd: Path) -> str:
+    """What an example prints of which one rank is told to leave, some time after its start."""
     with subprocess.Popen(
-        command, cwd=tmp_path, stdout=PIPE, stderr=DEVNULL, text=True, env=QUICK
+        torchrun(ranks, *command), cwd=cwd, stdout=PIPE, stderr=DEVNULL, text=True, env=QUICK
     ) as job:
         assert job.stdout is not None
-        assert job.stdout.readline() == "starts anew in gpt\n"
-        time.sleep(2)  # some steps
-        children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text()
-        os.kill(int(children.split()[0]), told)  # one rank; the other hears of it from that
+        assert job.stdout.readline().startswith("starts anew in ")
+        time.sleep(1)
+        workers = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+        os.kill(int(workers[0]) if ranks > 1 else job.pid, told)
         output = job.communicate(timeout=60)[0]
     assert job.returncode == 0
+    return output
+
+
+def test_a_run_that_is_told_to_leave_saves_and_goes_on_later(tmp_path: Path) -> None:
+    command = ("train_gpt.py", "--checkpoints=gpt")
+    output = told_to_leave(signal.SIGTERM, 2, *command, "--steps=100000", cwd=tmp_path)
     step = int(re.findall(r"left after step (\d+)$", output)[0])
-    more = run(1, "train_gpt.py", "--checkpoints=gpt", f"--steps={step + 8}", cwd=tmp_path)
+    more = run(1, *command, f"--steps={step + 8}", cwd=tmp_path)
     assert more.startswith(f"starts from gpt/step-{step}\n")
     assert len(checksums(more)) == 2
+
+
+def test_a_study_that_was_left_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    command = ("train_digits.py", "--seeds=1", "--epochs=9", "--swa-epochs", "2")
+    folder = f"--checkpoints={tmp_path / 'digits'}"
+    left = told_to_leave(signal.SIGUSR1, 1, *command, folder, cwd=tmp_path)
+    assert left.endswith("told to leave\n")
+    went_on = run(1, *command, folder, cwd=tmp_path)
+    assert went_on.startswith(f"starts from {tmp_path}/digits/0-")
+    table = "held-out accuracy"
+    undisturbed = run(1, *command, cwd=tmp_path)
+    assert went_on[went_on.index(table) :] == undisturbed[undisturbed.index(table) :]
 
 
 def test_a_teacher_runs_in_every_step(tmp_path: Path) -> None:
