@@ -22,7 +22,7 @@ from torch import Tensor
 
 from distavg.errors import DistavgError, RankError
 from distavg.foreach import as_bytes
-from distavg.rollcall import RollCall
+from distavg.rollcall import RollCall, in_time
 
 __all__ = ["MESSAGE_BYTES", "Comm"]
 
@@ -282,15 +282,19 @@ class _Groups:
         if self._world is not world:  # the job has begun anew
             self._world, self._made = world, {}
         if (ranks, timeout, purpose) not in self._made:
+            make = functools.partial(
+                dist.new_group,
+                list(ranks),
+                timeout=timeout,
+                backend="gloo",
+                use_local_synchronization=len(ranks) < dist.get_world_size(),
+            )
             with RollCall(cast(dist.ProcessGroup, world), ranks).waiting(
                 "making a group of the ranks"
             ):
-                group = dist.new_group(
-                    list(ranks),
-                    timeout=timeout,
-                    backend="gloo",
-                    use_local_synchronization=len(ranks) < dist.get_world_size(),
-                )
+                # It connects for five times its timeout, and waits for a store that was cut off.
+                seconds = timeout.total_seconds() + 1 if timeout is not None else None
+                group = make() if seconds is None else in_time(make, seconds)
             self._made[ranks, timeout, purpose] = group, RollCall(group, ranks)
         return self._made[ranks, timeout, purpose]
 

@@ -12,8 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
@@ -23,14 +22,14 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from distavg.errors import RankError
 
-__all__ = ["RollCall"]
+__all__ = ["RollCall", "in_time"]
 
 T = TypeVar("T")
 
 _PATIENCE_SECONDS = 1.0  # before a rank that waits leaves its note
 _TICK_SECONDS = 0.25  # between two looks for such ranks
 _GRACE_SECONDS = 2.0  # in which the notes of all who wait are there
-_STORE_SECONDS = 2.0  # for an answer of the store, whose host may be the one that was lost
+_STORE_SECONDS = 1.0  # for an answer of the store, whose host may be the one that was lost
 
 
 class RollCall:
@@ -48,6 +47,7 @@ class RollCall:
         self._since = 0.0
         self._is_noted = False
         self._lock = threading.Lock()  # over the note
+        self._lost: str | None = None  # what was found out: gloo closes all connections then
         _watch(self)
 
     @contextmanager
@@ -59,17 +59,18 @@ class RollCall:
             others: The global ranks that take part, besides this one; None for all.
 
         Raises:
-            RankError: The collective has failed, or its timeout is over; some two seconds later.
+            RankError: The collective has failed, or its timeout is over; up to three seconds later.
         """
         self._since, self._doing = time.monotonic(), doing
         try:
             yield
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # timeouts and dead peers are reported so
+        except (RuntimeError, TimeoutError) as error:  # timeouts and dead peers are reported so
             others = [rank for rank in others or self._ranks if rank != self._rank]
+            self._lost = self._lost or self._missing(doing, others)
             raise RankError(
-                f"{doing}: lost contact with {self._missing(doing, others)}. The rank that failed "
+                f"{doing}: lost contact with {self._lost}. The rank that failed "
                 f"has the cause in its own output; Averager(timeout=...) is how long ranks wait. "
                 f"{error}"
             ) from error
@@ -130,20 +131,33 @@ class RollCall:
 
     @staticmethod
     def _within(ask: Callable[[], T], seconds: float = _STORE_SECONDS) -> T | None:
-        """What a function that uses the store returns; None if the store does not answer."""
-        answer: Future[T | None] = Future()
-
-        def run() -> None:
-            try:
-                answer.set_result(ask())
-            except RuntimeError:  # the store was lost
-                answer.set_result(None)
-
-        threading.Thread(target=run, name="distavg-store", daemon=True).start()
+        """What a function that uses the store returns; None if the store was lost."""
         try:
-            return answer.result(seconds)
-        except FutureTimeoutError:
+            return in_time(ask, seconds)
+        except (RuntimeError, TimeoutError):
             return None
+
+
+def in_time(call: Callable[[], T], seconds: float) -> T:
+    """What a function returns or raises, which may wait for the network without a deadline.
+
+    A TCPStore whose host was cut off is waited for until the kernel gives the connection up.
+
+    Raises:
+        TimeoutError: It took longer. The thread that called it waits on, alone.
+    """
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="distavg-in-time", daemon=True).start()
+    if not wait([future], seconds).done:
+        raise TimeoutError(f"no answer within {seconds:.0f} seconds")
+    return future.result()
 
 
 def _named(ranks: Sequence[int]) -> str:

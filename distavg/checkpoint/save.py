@@ -16,8 +16,8 @@ removes the folders that are not committed, and nothing else.
 
 import json
 import logging
-import platform
 import shutil
+import socket
 import threading
 import time
 import uuid
@@ -424,8 +424,8 @@ def _check_shared(path: Path, target: _Target) -> None:
     """
     if not _temporary(path, target).exists():
         raise CheckpointError(
-            f"{path} on the machine {platform.node()!r} is not the folder of that name in which "
-            "rank 0 has begun the save: save to a file system that all ranks share"
+            f"{path} on the machine {socket.gethostname()!r} is not the folder of that name in "
+            "which rank 0 has begun the save: save to a file system that all ranks share"
         )
 
 
