@@ -18,12 +18,16 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 import distavg
 
+SIGNALS = signal.SIGTERM, signal.SIGUSR1
+
 
 class Job:
     """A training run and its folder of checkpoints.
 
     Told to leave (SIGTERM from an agent or a scheduler, SIGUSR1 from launch/slurm.sbatch), nothing
-    happens at once: the training loop asks, saves, and leaves between two steps.
+    happens at once: the training loop asks, saves, and leaves between two steps. After SIGTERM the
+    process ends with the usual status of an end by it, so that no agent takes the job for done; who
+    sends SIGUSR1 knows that it is not, and status 0 says that all is saved.
 
     Args:
         folder: Where the checkpoints are; None to save and resume nothing.
@@ -44,10 +48,10 @@ class Job:
         self.folder, self.averager = folder, averager
         self.model, self.optimizer, self.others = model, optimizer, others
         self.saving: distavg.SaveHandle | None = None
-        self.is_told = False
+        self.signals: set[int] = set()  # that were heard, here or on any rank
         self.is_first = not dist.is_initialized() or dist.get_rank() == 0
-        for each in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(each, lambda *_: setattr(self, "is_told", True))
+        for each in SIGNALS:
+            signal.signal(each, lambda number, _: self.signals.add(number))
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, recorded in `starts.jsonl`. Collective."""
@@ -76,10 +80,11 @@ class Job:
 
     def must_leave(self) -> bool:
         """Whether any rank was told to. Collective: ranks hear of it at different steps."""
-        told = torch.tensor(self.is_told, dtype=torch.uint8)
+        told = torch.tensor([each in self.signals for each in SIGNALS], dtype=torch.uint8)
         if dist.is_initialized():
             dist.all_reduce(told, dist.ReduceOp.MAX)
-        return bool(told)
+        self.signals |= {each for each, is_told in zip(SIGNALS, told, strict=True) if is_told}
+        return bool(self.signals)
 
     def save(self) -> None:
         """Save in the background; the newest three are kept. Collective."""
@@ -91,6 +96,11 @@ class Job:
         """Wait for the last save."""
         if self.saving is not None:
             self.saving.wait()
+
+    @property
+    def status(self) -> int:
+        """What the process ends with."""
+        return 128 + signal.SIGTERM if self.signals == {signal.SIGTERM} else 0
 
     def _write(self, folder: Path) -> None:
         weights, state = get_state_dict(self.model, self.optimizer)

@@ -12,6 +12,7 @@ leave (SIGTERM, SIGUSR1), it saves, and goes on there when it is started again.
 import argparse
 import os
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ Data = dict[str, tuple[Tensor, Tensor]]
 
 
 class Left(Exception):
-    """The job was told to leave, and has saved."""
+    """The job was told to leave, and has saved: the status that it ends with."""
 
 
 class Progress:
@@ -166,7 +167,7 @@ def train(
             job.save()
             job.finish()
         if must_leave:
-            raise Left
+            raise Left(job.status)
     return model, averager, progress.curve
 
 
@@ -229,10 +230,10 @@ def main() -> None:
     is_first = dist.get_rank() == 0
     try:
         runs = [run(seed, options) for seed in tqdm(range(options.seeds), disable=not is_first)]
-    except Left:
-        runs = []
+    except Left as left:
         print("told to leave", flush=True)
-    if is_first and runs:
+        sys.exit(left.args[0])
+    if is_first:
         print(f"held-out accuracy in percent, mean and standard error over {options.seeds} seeds")
         for what in runs[0][0]:
             values = [results[what] for results, _ in runs]

@@ -10,6 +10,7 @@ steps are done, it just evaluates. Told to leave (SIGTERM, SIGUSR1), it saves an
 
 import argparse
 import os
+import sys
 import time
 import zlib
 from pathlib import Path
@@ -239,6 +240,7 @@ def main() -> None:
         print(*report, sep="\n", flush=True)
     if ranks > 1:
         dist.destroy_process_group()
+    sys.exit(job.status)
 
 
 if __name__ == "__main__":

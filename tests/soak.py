@@ -1,129 +1,267 @@
-"""Kill a torchrun job at random instants, again and again: python tests/soak.py --rounds 200.
+"""A job that cannot be broken, broken again and again: python tests/soak.py --minutes 20.
 
-Each round starts the job on another world size and layout; it resumes from the latest checkpoint,
-goes on averaging and saving (in the background, too), and is killed: one worker, or all at once.
-The live weights are a pure function of the step, so after every kill the latest checkpoint must
-hold, bit for bit, the averages of a run that was never killed, and so must the job at the end.
+It trains, averages, swaps, recalibrates BatchNorm, saves in both ways, and resumes, each time on
+another world size and layout, from whatever the last fault has left. The live weights are a pure
+function of the step, so after every fault the latest checkpoint must hold, bit for bit, what a run
+holds that was never disturbed. Before the faults comes one long undisturbed job: it may not
+grow. Nothing may be left in memory, in temporary folders, or beside the checkpoints.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
+import multiprocessing
 import os
 import random
+import shutil
 import signal
-import subprocess
+import socket
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch.distributed as dist
-from checks import RULES, differences, torch_average
-from models import Uneven, build, set_weights, weights_at
+import torch
+from checks import RULES, differences, torch_average, trained
+from models import Uneven, build
+from ranks import PRELOAD
+from soak_job import KEEP, batches, of, run
 
-import distavg
 from distavg import Averager
-from distavg.checkpoint.manifest import read_manifest
+from distavg.checkpoint.folders import committed, prune_uncommitted
 from distavg.checkpoint.read import verify_checkpoint
 
-LAYOUTS = {"ddp": (1, 2, 3), "fsdp2": (1, 2, 3), "fsdp1": (2, 3), "fsdp2-keep": (2, 3)}
-NAMES = [name for name, p in Uneven().named_parameters() if p.requires_grad]
-
-
-def worker(root: Path, layout: str, last_step: int) -> None:
-    dist.init_process_group("gloo")
-    model = build(layout)
-    averager = Averager(model, RULES)
-    if (path := distavg.latest(root)) is not None:
-        averager.load(path)
-    os.write(1, b"training\n")  # in one piece
-    for step in range(averager.step_count, last_step):
-        set_weights(model, weights_at(model, step))
-        averager.step()
-        averager.save(root / f"step-{step + 1}", keep=3, overwrite=True, block=step % 2 == 0)
-    averager.save(root / "end")
-    dist.destroy_process_group()
+LAYOUTS = {
+    "plain": (1,),
+    "ddp": (1, 2, 3),
+    "fsdp2": (1, 2, 3),
+    "fsdp1": (2, 3),
+    "fsdp2-keep": (2, 3),
+}
+FAULTS = ("kill one", "kill all", "tell one", "tell all", "stop one")
+STATISTICS = ["norm.running_mean", "norm.running_var"]
+CAMPAIGN_SECONDS = 120.0  # then all begins anew, in another folder
 
 
 def wrong(path: Path) -> list[str]:
-    """What of a checkpoint is not as in a run that was never killed."""
+    """What of a checkpoint is not as in a run that was never disturbed."""
     found = list(verify_checkpoint(path)[1])
     averager = Averager(build("plain", Uneven, seed=99), RULES)
     averager.load(path)
     steps = range(averager.step_count)
     for rule in RULES:
-        values, expected = averager.full_state_dict(rule), torch_average(Uneven, rule, steps)
-        found += differences({n: values[n] for n in NAMES}, {n: expected[n] for n in NAMES})
-        if averager[rule].num_updates != len(steps):
-            found.append(f"{rule}: {averager[rule].num_updates} updates after {len(steps)} steps")
+        values, average = averager.full_state_dict(rule), averager[rule]
+        found += differences(of(values), of(torch_average(Uneven, rule, steps)))
+        if average.num_updates != len(steps):
+            found.append(f"{rule}: {average.num_updates} updates after {len(steps)} steps")
+        if average.statistics_at is not None:
+            _, undisturbed = trained("plain", Uneven, steps[: average.statistics_at])
+            undisturbed.recalibrate_batchnorm(batches(0, 1), rule)
+            expected = undisturbed.full_state_dict(rule)
+            found += differences(of(values, STATISTICS), of(expected, STATISTICS))
     return found
 
 
-def launch(root: Path, layout: str, world_size: int, last_step: int) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={world_size}", __file__, "--worker", str(root), layout]
-    return subprocess.Popen(
-        [*command, str(last_step)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-    )
+class Job:
+    """Ranks that are forked from a server, and what they say.
+
+    Attributes:
+        what: What was started.
+        output: The file that they write to.
+    """
+
+    def __init__(self, root: Path, layout: str, world_size: int, device: str, seconds: float):
+        self.what = f"{layout} on {world_size}, averages on {device}"
+        self.output = root.with_name(f"output-{time.time_ns()}")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(PRELOAD))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        job = (world_size, port, self.output, root, layout, device, seconds)
+        self._ranks = [context.Process(target=run, args=(n, *job)) for n in range(world_size)]
+        for rank in self._ranks:
+            rank.start()
+        deadline = time.monotonic() + 60
+        while len(self.said("training")) < world_size and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def lines(self, beginning: str) -> list[str]:
+        written = self.output.read_text() if self.output.exists() else ""
+        return [line for line in written.splitlines() if line.startswith(beginning)]
+
+    def said(self, what: str) -> list[str]:
+        """Of each line that begins so, the last word."""
+        return [line.split()[-1] for line in self.lines(what)]
+
+    def suffer(self, fault: str, rng: random.Random) -> Iterator[str]:
+        """Do it; what was wrong already."""
+        if not all(rank.is_alive() for rank in self._ranks):
+            yield "it ended by itself"
+        what, _, whom = fault.partition(" ")
+        victims = self._ranks if whom == "all" else [rng.choice(self._ranks)]
+        if what == "stop":
+            signal_to(victims, signal.SIGSTOP)
+            time.sleep(rng.uniform(0, 2))
+            signal_to(victims, signal.SIGCONT)
+        signal_to(victims, signal.SIGKILL if what == "kill" else signal.SIGTERM)
+
+    def end(self, seconds: float, *, is_killed: bool) -> Iterator[str]:
+        """Wait until all ranks have ended, which they must; what was wrong."""
+        deadline = time.monotonic() + seconds
+        for rank in self._ranks:
+            rank.join(max(0.0, deadline - time.monotonic()))
+        if hanging := [rank for rank in self._ranks if rank.is_alive()]:
+            yield f"{len(hanging)} ranks hung"
+            signal_to(hanging, signal.SIGKILL)
+            for rank in hanging:
+                rank.join()
+        statuses = [rank.exitcode for rank in self._ranks]
+        if any(statuses) != is_killed:
+            yield f"it ended with {statuses}"
+        yield from self.lines("bad")
 
 
-def children(pid: int) -> list[int]:
-    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def signal_to(ranks: Sequence[multiprocessing.Process], number: signal.Signals) -> None:
+    for rank in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rank.pid or 0, number)
 
 
-def soak(rounds: int, seed: int) -> int:
-    """Returns the number of rounds after which something was wrong."""
-    rng, bad, at = random.Random(seed), 0, []
-    previous = 0
-    with tempfile.TemporaryDirectory(prefix="distavg-soak-") as folder:
-        root = Path(folder)
-        for number in range(rounds):
-            layout = rng.choice(list(LAYOUTS))
-            world_size = rng.choice([size for size in LAYOUTS[layout] if size != previous])
-            previous = world_size
-            with launch(root, layout, world_size, last_step=10**6) as job:
-                assert job.stdout is not None
-                for _ in range(world_size):
-                    assert job.stdout.readline() == "training\n", f"round {number} did not start"
-                time.sleep(rng.uniform(0, 0.6))
-                workers = children(job.pid)
-                victims = [rng.choice(workers)] if rng.random() < 0.5 else [job.pid, *workers]
-                for pid in victims:
-                    os.kill(pid, signal.SIGKILL)
-                job.communicate(timeout=60)
-            path = distavg.latest(root)
-            found = wrong(path) if path is not None else []
-            at.append(read_manifest(path).steps if path is not None else 0)
-            if found or at[-1] < max(at):
-                bad += 1
-                print(f"round {number}: {layout} on {world_size}, {path}: {found}", flush=True)
-        with launch(root, "fsdp2", 2, last_step=at[-1] + 5) as job:
-            job.communicate(timeout=120)
-        end = wrong(root / "end")
-        bad += bool(end)
-        print(
-            f"{rounds} kills, {at[-1]} steps, seed {seed}: {bad} bad; at the end {end or 'equal'}"
-        )
-    return bad
+class Soak:
+    """One campaign: a folder, a long undisturbed job, and faults until the time is over."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self._root, self._temporary = folder / "checkpoints", folder / "temporary"
+        self._refused = folder / "refused"
+        for each in (self._root, self._temporary, self._refused):
+            each.mkdir()
+        self._seed, self._rng = seed, random.Random(seed)
+        self._shared = set(Path("/dev/shm").iterdir())
+        self.counts = dict.fromkeys([*FAULTS, "spoil"], 0)
+        self.looks = 0  # at what the longest job held
+        self.bad = 0
+
+    def run(self, seconds: float) -> None:
+        ends = time.monotonic() + seconds - 10
+        self._round("none", seconds / 3)
+        while time.monotonic() < ends:
+            self._round(self._rng.choice(FAULTS))
+            if self._rng.random() < 0.3 and len(committed(self._root)) > 1:
+                self._spoil_latest()
+        self._round("none", 2.0)
+        prune_uncommitted(self._root)
+        self._report("at the end", list(leftovers(self._root)))
+
+    def steps(self) -> int:
+        """Those of the latest checkpoint that is whole."""
+        kept = [manifest for path, manifest in committed(self._root) if path.name != "spoiled"]
+        return kept[-1].steps if kept else 0
+
+    def _round(self, fault: str, seconds: float = 60.0) -> None:
+        rng, before = self._rng, self.steps()
+        layout, device = rng.choice(list(LAYOUTS)), rng.choice(["beside", "cpu"])
+        job = Job(self._root, layout, rng.choice(LAYOUTS[layout]), device, seconds)
+        found = []
+        if set(job.said("training from")) != {str(before)}:
+            found.append(f"it did not resume from {before}")
+        spoiled = [*self._root.glob("spoiled"), *self._refused.iterdir()]
+        if fault != "none":
+            time.sleep(rng.uniform(0, 1))
+            found += job.suffer(fault, rng)
+            self.counts[fault] += 1
+        found += job.end(60 + seconds, is_killed="kill" in fault)
+        self.looks = max([self.looks, *map(int, job.said("looks"))])
+        if "kill" not in fault and set(job.said("left at")) != {str(self.steps())}:
+            found.append("it did not save when it left")
+        if self.steps() < before:
+            found.append(f"the latest checkpoint went from {before} to {self.steps()}")
+        for path in spoiled:
+            shutil.rmtree(path)
+        if found_checkpoints := committed(self._root):
+            found += wrong(found_checkpoints[-1][0])
+        found += self._left()
+        if found:
+            found.append(f"its output is in {job.output}")
+        else:
+            job.output.unlink()
+        self._report(f"{fault}: {job.what}", found)
+
+    def _spoil_latest(self) -> None:
+        """Flip a bit of the latest checkpoint, or cut a file of it off; no resume may take it."""
+        path = committed(self._root)[-1][0]
+        kind = self._rng.choice(["*/*.safetensors", "manifest.json"])
+        file = self._rng.choice(sorted(path.glob(kind)))
+        content = bytearray(file.read_bytes())
+        at = self._rng.randrange(len(content))
+        content[at] ^= 1 << self._rng.randrange(8)
+        file.write_bytes(content if self._rng.random() < 0.5 else content[:at])
+        path.rename(self._root / "spoiled")
+        self.counts["spoil"] += 1
+
+    def _left(self) -> Iterator[str]:
+        """What the dead have left in the temporary folder and in shared memory."""
+        for path in self._temporary.iterdir():
+            yield f"{path} is left"
+        for path in set(Path("/dev/shm").iterdir()) - self._shared:
+            if not any(str(path) in maps for maps in all_maps()):
+                yield f"{path} is left"
+
+    def _report(self, what: str, found: list[str]) -> None:
+        self.bad += bool(found)
+        if found:
+            print(f"BAD, {what}:", *found, sep="\n  ")
+            print(f"  repeat: python tests/soak.py --minutes 2 --seed {self._seed}", flush=True)
+
+
+def all_maps() -> Iterator[str]:
+    """What each living process has mapped."""
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            yield maps.read_text()
+
+
+def leftovers(root: Path) -> Iterator[str]:
+    """What is in a folder of checkpoints beyond those that a run keeps, and their files."""
+    found = committed(root)
+    if len(found) > KEEP + 1:  # and the one that it resumed from
+        yield f"there are {len(found)} checkpoints"
+    known = set()
+    for path, manifest in found:
+        known |= {path, path / "manifest.json", *(path / folder for folder in manifest.folders)}
+        for average in manifest.averages.values():
+            known |= {path / file.name for file in average.files}
+            known.add(path / average.folder / "model.safetensors.index.json")
+        if manifest.extra_folder is not None:
+            known |= set((path / manifest.extra_folder).iterdir())
+    yield from (f"{path} is left" for path in set(root.rglob("*")) - known)
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--worker"]:
-        root, layout, last_step = sys.argv[2:]
-        worker(Path(root), layout, int(last_step))
-        return
+    logging.getLogger("distavg").setLevel(logging.ERROR)  # it passes over what was spoiled
+    torch.set_num_threads(1)  # as in the job: with more, a forward adds up in another order
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=time.time_ns() % 10**6)
     arguments = parser.parse_args()
-    print(f"seed {arguments.seed}", flush=True)
-    sys.exit(bool(soak(arguments.rounds, arguments.seed)))
+    seed, bad, ends = arguments.seed, 0, time.monotonic() + 60 * arguments.minutes
+    while (seconds := ends - time.monotonic()) > CAMPAIGN_SECONDS / 4 or seed == arguments.seed:
+        folder = Path(tempfile.mkdtemp(prefix="distavg-soak-"))
+        soak = Soak(folder, seed)
+        soak.run(min(seconds, CAMPAIGN_SECONDS))
+        print(
+            f"seed {seed}: {soak.steps()} steps, {soak.looks} looks, {soak.counts}, {soak.bad} bad",
+            flush=True,
+        )
+        if soak.bad:
+            print(f"  all of it is in {folder}")
+        else:
+            shutil.rmtree(folder)
+        bad, seed = bad + soak.bad, seed + 1
+    sys.exit(bool(bad))
 
 
 if __name__ == "__main__":

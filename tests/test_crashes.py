@@ -1,6 +1,6 @@
 """Saves that meet faults for real. `python tests/crashes.py` tries every system call.
 
-`python tests/soak.py` kills whole jobs; `.ci/run` calls it for two rounds.
+`python tests/soak.py` breaks whole jobs; `.ci/run` calls it for two minutes.
 """
 
 from __future__ import annotations
