@@ -76,7 +76,8 @@ class RollCall:
             ) from error
         else:
             self._doing = None
-            if self._is_noted or self._lock.locked():  # noted, or about to be
+            is_noted = self._is_noted or self._lock.locked()  # or about to be
+            if is_noted and self._lost is None:
                 self._within(self._take_back)
         finally:
             self._doing = None

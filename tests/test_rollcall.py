@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from checks import error_of, timed_error_of
+import torch.distributed as dist
+from checks import error_of, timed_error_of, trained
+from models import Uneven, batch
 from ranks import run_ranks
+from torch import Tensor
 
 from distavg.comm import Comm
 
@@ -123,3 +128,55 @@ def thread_names() -> list[str]:
 
 def test_one_thread_looks_however_many_groups_there_are() -> None:
     assert run_ranks(thread_names, 2) == [["distavg-rollcall"]] * 2
+
+
+# ------------------------------------------------------------- ranks that are slow, or stuck
+
+
+def operate(call: str, folder: Path, seconds: float) -> tuple[str, float]:
+    """An operation in which rank 1 sleeps for a while: what is raised, and after how long."""
+    _, averager = trained("ddp", Uneven, timeout=TIMEOUT)
+    averager.full_state_dict("ema")
+
+    def sleep(*_: object) -> None:
+        if dist.get_rank() == 1:
+            time.sleep(seconds)
+
+    def batches() -> Iterator[Tensor]:
+        sleep()
+        yield batch(seed=dist.get_rank())
+
+    def swap() -> None:
+        sleep()
+        with averager.applied("ema"):
+            sleep()
+
+    calls: dict[str, Callable[[], object]] = {
+        "save": lambda: averager.save(folder / "a", also=sleep),
+        "background save": lambda: averager.save(folder / "a", also=sleep, block=False).wait(),
+        "swap": swap,
+        "recalibration": lambda: averager.recalibrate_batchnorm(batches(), "ema"),
+    }
+    return timed_error_of(calls[call])
+
+
+OPERATIONS = ["save", "background save", "swap", "recalibration"]
+
+
+@pytest.mark.parametrize("call", OPERATIONS)
+def test_a_rank_that_is_stuck_in_an_operation_is_named(call: str, tmp_path: Path) -> None:
+    found = run_ranks(operate, 3, call, tmp_path, 6.0)
+    for text, seconds in (found[0], found[2]):
+        assert text.startswith("RankError: ")
+        assert "lost contact with rank 1, which ended or did not come within the timeout" in text
+        assert seconds < 6
+    assert found[1][0].startswith("RankError: ")  # it hears of it when it comes
+    assert not list(tmp_path.glob("*/manifest.json"))
+
+
+def operate_slowly(folder: Path) -> list[str]:
+    return [operate(call, folder / call, 0.4)[0] for call in OPERATIONS]
+
+
+def test_a_rank_that_is_slow_is_waited_for(tmp_path: Path) -> None:
+    assert run_ranks(operate_slowly, 3, tmp_path) == [["nothing"] * len(OPERATIONS)] * 3
