@@ -17,8 +17,9 @@ import click
 from distavg.checkpoint.export import export_dtype, export_folder, parse_size, plan_export
 from distavg.checkpoint.folders import prune as prune_folder
 from distavg.checkpoint.folders import prune_uncommitted, reading
-from distavg.checkpoint.manifest import SavedAverage, read_manifest
+from distavg.checkpoint.manifest import Manifest, SavedAverage, read_manifest
 from distavg.checkpoint.read import AverageReader, differences, verify_checkpoint
+from distavg.checkpoint.records import read_records, uncovered
 from distavg.errors import CheckpointCorrupt, DistavgError
 from distavg.foreign import read_foreign, write_foreign
 from distavg.plot import draw
@@ -68,10 +69,10 @@ def main() -> None:
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def inspect(path: Path, *, tensors: bool, as_json: bool) -> None:
-    """Say what the checkpoint at PATH holds, from its manifest alone."""
-    manifest = read_manifest(path)
+    """Say what the checkpoint at PATH holds, from its manifest and records, without its data."""
+    with reading(path) as manifest:
+        averages = {n: _summary(path, manifest, each) for n, each in manifest.averages.items()}
     committed = datetime.fromtimestamp(manifest.committed_at, timezone.utc)
-    averages = {name: _summary(each) for name, each in manifest.averages.items()}
     if as_json:
         content = {
             "path": str(path),
@@ -107,14 +108,18 @@ def inspect(path: Path, *, tensors: bool, as_json: bool) -> None:
         click.echo(f"written by also=: {manifest.extra_folder}")
 
 
-def _summary(average: SavedAverage) -> dict[str, Any]:
+def _summary(path: Path, manifest: Manifest, average: SavedAverage) -> dict[str, Any]:
+    try:
+        fault = uncovered(average, read_records(path, manifest, average))
+    except CheckpointCorrupt as error:
+        fault = str(error)
     return {
         "rule": average.rule,
         "num_updates": average.num_updates,
         "tensors": len(average.tensors),
         "bytes": average.nbytes,
-        "ranks": len({Path(file.name).name.split("-")[1] for file in average.files}),
-        "coverage": average.fault() or "whole",
+        "ranks": sum(record is not None for record in average.records),
+        "coverage": fault or "whole",
     }
 
 

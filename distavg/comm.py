@@ -8,12 +8,14 @@ timeout: a rank that does not come ends as a `RankError` on the others, never as
 import atexit
 import copy
 import functools
+import itertools
 import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from operator import itemgetter
 from typing import Any, TypeVar, cast
 
 import torch
@@ -30,6 +32,9 @@ T = TypeVar("T")
 
 # Host tensors travel in messages of at most this size: large enough for full speed.
 MESSAGE_BYTES = 8 * 2**20
+
+# Tensors of messages that ended in an error: gloo may still use them.
+_ABANDONED: list[object] = []
 
 # Small values travel with their length in a record of one size: one message, not two.
 _RECORD_BYTES = 512
@@ -131,6 +136,48 @@ class Comm:
         with self.waiting(doing):
             dist.gather_object(value, values, group=self.group, group_dst=0)
         return values
+
+    def exchange(self, values: Sequence[T], doing: str) -> list[T]:
+        """From every rank, in rank order, the picklable value that it has for this one. Collective.
+
+        Value i goes to rank i, by way of others: in step k each rank passes what has an odd number
+        of 2^k ranks to go to the rank 2^k further, so that it talks to log2(size) others only
+        (Bruck et al., IEEE TPDS 8(11), 1997), and a value travels at most as often.
+        """
+        parcels = [(to, self.rank, pickle.dumps(value)) for to, value in enumerate(values)]
+        reach = 1
+        while reach < self.size:
+            away = [bool((to - self.rank) % self.size & reach) for to, _, _ in parcels]
+            leave = list(itertools.compress(parcels, away))
+            stay = [each for each, goes in zip(parcels, away, strict=True) if not goes]
+            target, source = (self.rank + reach) % self.size, (self.rank - reach) % self.size
+            parcels = stay + pickle.loads(self._pass(pickle.dumps(leave), target, source, doing))
+            reach *= 2
+        return [pickle.loads(content) for _, _, content in sorted(parcels, key=itemgetter(1))]
+
+    def _pass(self, content: bytes, target: int, source: int, doing: str) -> bytes:
+        """Send bytes to one rank, and receive what another sends, at the same time."""
+        length = torch.zeros(1, dtype=torch.int64, device="cpu")
+        sent = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        self._pass_tensor(torch.tensor([len(content)], device="cpu"), target, length, source, doing)
+        received = torch.empty(int(length), dtype=torch.uint8, device="cpu")
+        self._pass_tensor(sent, target, received, source, doing)
+        return received.numpy().tobytes()
+
+    def _pass_tensor(
+        self, sent: Tensor, target: int, received: Tensor, source: int, doing: str
+    ) -> None:
+        with self.waiting(doing):  # who waits for one waits for all
+            works = [
+                dist.irecv(received, group=self.group, group_src=source),
+                dist.isend(sent, group=self.group, group_dst=target),
+            ]
+            try:
+                for work in works:
+                    cast(dist.Work, work).wait()
+            except BaseException:
+                _ABANDONED.append((works, sent, received))
+                raise
 
     def broadcast(self, value: T, doing: str, source: int = 0) -> T:
         """The picklable value of one rank, by default the first, on every rank. Collective."""

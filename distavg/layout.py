@@ -11,7 +11,15 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-__all__ = ["Box", "chunk_extent", "cover_fault", "divide", "nested_extent", "range_boxes"]
+__all__ = [
+    "Box",
+    "BoxIndex",
+    "chunk_extent",
+    "cover_fault",
+    "divide",
+    "nested_extent",
+    "range_boxes",
+]
 
 
 class Box(NamedTuple):
@@ -179,7 +187,7 @@ def cover_fault(shape: Sequence[int], boxes: Iterable[Box]) -> str | None:
         if len(box.sizes) != len(shape) or not whole.contains(box):
             return f"the box at {box.offsets} of sizes {box.sizes} is outside the tensor"
     if shape and len(boxes) > 1:
-        dim = max(range(len(shape)), key=lambda d: len({box.offsets[d] for box in boxes}))
+        dim = _sweep_dim(boxes)
         active: list[Box] = []
         for box in sorted(boxes, key=lambda box: box.offsets[dim]):
             start = box.offsets[dim]
@@ -192,6 +200,41 @@ def cover_fault(shape: Sequence[int], boxes: Iterable[Box]) -> str | None:
         return "two boxes overlap"
     missing = whole.numel - sum(box.numel for box in boxes)
     return f"{missing} of {whole.numel} elements are in no box" if missing else None
+
+
+class BoxIndex:
+    """Boxes of one tensor, among which those that meet another box are found.
+
+    They are sorted along the dim with the most distinct offsets, so that few are looked at.
+
+    >>> BoxIndex([Box((0,), (2,)), Box((2,), (3,)), Box((5,), (1,))]).meeting(Box((1,), (2,)))
+    [0, 1]
+    """
+
+    def __init__(self, boxes: Sequence[Box]) -> None:
+        self._boxes = boxes
+        self._order = list(range(len(boxes)))
+        self._dim = _sweep_dim(boxes) if boxes and boxes[0].sizes else None
+        if self._dim is not None:
+            dim = self._dim
+            self._order.sort(key=lambda number: boxes[number].offsets[dim])
+            self._starts = [boxes[number].offsets[dim] for number in self._order]
+            self._longest = max(box.sizes[dim] for box in boxes)
+
+    def meeting(self, box: Box) -> list[int]:
+        """The positions of those that share an element with a box, ascending."""
+        near = self._order
+        if self._dim is not None:
+            start, size = box.offsets[self._dim], box.sizes[self._dim]
+            low = bisect.bisect_right(self._starts, start - self._longest)
+            near = near[low : bisect.bisect_left(self._starts, start + size)]
+        return sorted(number for number in near if self._boxes[number].intersect(box))
+
+
+def _sweep_dim(boxes: Sequence[Box]) -> int:
+    """The dim in which these boxes have the most distinct offsets."""
+    dims = range(len(boxes[0].offsets))
+    return max(dims, key=lambda dim: len({box.offsets[dim] for box in boxes}))
 
 
 def _are_stacked(shape: Sequence[int], boxes: Iterable[Box]) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 import distavg
+from distavg.checkpoint.manifest import read_manifest
+from distavg.checkpoint.records import SavedFile, read_records
 
 # Where each layout is tested, and the model that it allows.
 SIZES = {
@@ -164,6 +167,13 @@ def outputs_with(
         other, {name: weight for name, weight in weights.items() if weight.is_floating_point()}
     )
     return outputs(other)
+
+
+def saved_files(path: Path, *names: str) -> list[SavedFile]:
+    """The data files of a checkpoint's averages, of these or of all, as its records have them."""
+    manifest = read_manifest(path)
+    averages = [manifest.averages[name] for name in names or manifest.averages]
+    return [file for each in averages for file in read_records(path, manifest, each)]
 
 
 def communications(call: Callable[[], object]) -> int:

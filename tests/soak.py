@@ -33,6 +33,7 @@ from soak_job import KEEP, batches, of, run
 from distavg import Averager
 from distavg.checkpoint.folders import committed, prune_uncommitted
 from distavg.checkpoint.read import verify_checkpoint
+from distavg.checkpoint.records import read_records, shard_name
 
 LAYOUTS = {
     "plain": (1,),
@@ -233,7 +234,10 @@ def leftovers(root: Path) -> Iterator[str]:
     for path, manifest in found:
         known |= {path, path / "manifest.json", *(path / folder for folder in manifest.folders)}
         for average in manifest.averages.values():
-            known |= {path / file.name for file in average.files}
+            known |= {path / file.name for file in read_records(path, manifest, average)}
+            for rank, record in enumerate(average.records):
+                if record is not None:
+                    known.add(path / f"{shard_name(average.folder, rank)}.json")
             known.add(path / average.folder / "model.safetensors.index.json")
         if manifest.extra_folder is not None:
             known |= set((path / manifest.extra_folder).iterdir())

@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from checks import trained
+from checks import saved_files, trained
 from click.testing import CliRunner, Result
 from models import Uneven
 from ranks import run_ranks
@@ -89,7 +89,7 @@ def test_verify(checkpoint: Path) -> None:
 
 
 def test_every_fault_of_a_checkpoint_is_named(checkpoint: Path) -> None:
-    ema, swa = (read_manifest(checkpoint).averages[name].files[0] for name in ("ema", "swa"))
+    ema, swa = saved_files(checkpoint)
     nbytes = (checkpoint / swa.name).stat().st_size
     os.truncate(checkpoint / swa.name, nbytes - 1)
     with (checkpoint / ema.name).open("r+b") as file:
@@ -107,10 +107,29 @@ def test_every_fault_of_a_checkpoint_is_named(checkpoint: Path) -> None:
             "following of the file)"
         )
     assert third == (
-        f"{checkpoint / swa.name} is torn: it has {nbytes - 1} bytes, the manifest says {nbytes}"
+        f"{checkpoint / swa.name} is torn: it has {nbytes - 1} bytes, its record says {nbytes}"
     )
     assert last.startswith(f"Error: {checkpoint}: 3 faults, ")
-    assert distavg("inspect", checkpoint).exit_code == 0  # the manifest is whole
+    assert distavg("inspect", checkpoint).exit_code == 0  # the records are whole
+
+
+def test_records_that_are_lost_or_spoiled_are_named(checkpoint: Path) -> None:
+    for name in ("ema", "swa"):
+        path = checkpoint / name / "shard-00001.json"
+        nbytes = path.stat().st_size
+        os.truncate(path, nbytes - 1)
+        fault = f"{path} is torn: it has {nbytes - 1} bytes, the manifest says {nbytes}"
+        found = json.loads(distavg("inspect", "--json", checkpoint).output)["averages"][name]
+        assert (found["ranks"], found["coverage"]) == (1, fault)
+        result = distavg("export", checkpoint, "--name", name, "-o", checkpoint.parent / "out")
+        assert (result.exit_code, result.output) == (1, f"Error: CheckpointCorrupt: {fault}\n")
+        assert fault in distavg("verify", checkpoint).output.splitlines()
+    path.unlink()
+    assert f"{path} is missing" in distavg("inspect", checkpoint).output
+    assert distavg("verify", checkpoint).output.splitlines()[1:] == [
+        f"{path} is missing",
+        f"Error: {checkpoint}: 2 faults, 0 bytes read",
+    ]
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify", "diff", "export"])

@@ -25,6 +25,7 @@ def test_one_process_communicates_nothing() -> None:
     assert (alone.rank, alone.size, alone.is_parallel) == (0, 1, False)
     assert alone.gather("a", "x") == ["a"]
     assert alone.gather_to_first("a", "x") == ["a"]
+    assert alone.exchange(["a"], "x") == ["a"]
     assert alone.broadcast("a", "x") == "a"
     assert alone.announce(2, "x") == {}
     with alone.together("x") as vote:
@@ -43,6 +44,7 @@ def values_of_collectives() -> tuple[object, ...]:
         ranks.gather(mine, "x"),
         ranks.gather_to_first(mine, "x"),
         ranks.broadcast(mine, "x"),
+        ranks.exchange([{**mine, "for": rank} for rank in range(ranks.size)], "x"),
         box.tolist(),
         ranks.announce(0, "x"),
     )
@@ -52,7 +54,8 @@ def test_collectives_carry_every_ranks_value() -> None:
     everything = [{"rank": rank} for rank in range(3)]
     for rank, found in enumerate(run_ranks(values_of_collectives, 3)):
         to_first = everything if rank == 0 else None
-        assert found == (everything, to_first, everything[0], [0.0] * 3, {})
+        exchanged = [{**each, "for": rank} for each in everything]
+        assert found == (everything, to_first, everything[0], exchanged, [0.0] * 3, {})
 
 
 def values_of_sizes() -> list[bool]:
@@ -70,6 +73,29 @@ def values_of_sizes() -> list[bool]:
 
 def test_values_of_any_size_arrive() -> None:
     assert run_ranks(values_of_sizes, 2) == [[True] * 24] * 2
+
+
+def value_between(sender: int, receiver: int) -> bytes:
+    """Nothing from or to some, and of very different lengths."""
+    size = (0, 1, 300_000, 70, 0)[(3 * sender + receiver) % 5] * (sender != 1) * (receiver != 3)
+    return bytes([16 * sender + receiver]) * size
+
+
+def values_exchanged() -> list[bool]:
+    """Whether values of every size arrive where they belong, twice, and then nothing but None."""
+    ranks = Comm()
+    everyone = range(ranks.size)
+    arrived = []
+    for _ in range(2):
+        found = ranks.exchange([value_between(ranks.rank, other) for other in everyone], "x")
+        arrived.append(found == [value_between(other, ranks.rank) for other in everyone])
+    arrived.append(ranks.exchange([None] * ranks.size, "x") == [None] * ranks.size)
+    return arrived
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_values_of_any_size_are_exchanged(world_size: int) -> None:
+    assert run_ranks(values_exchanged, world_size) == [[True] * 3] * world_size
 
 
 TENSORS: list[Callable[[], Tensor]] = [
@@ -203,13 +229,16 @@ def wait_for_one_that_never_comes(collective: str) -> tuple[str, float] | None:
     calls = {
         "gather": lambda: ranks.gather(1, "testing"),
         "gather_to_first": lambda: ranks.gather_to_first(1, "testing"),
+        "exchange": lambda: ranks.exchange([1, 2], "testing"),
         "announce": lambda: ranks.announce(0, "testing"),
         "receive": lambda: ranks.receive(torch.zeros(3), 1, "testing"),
     }
     return timed_error_of(calls[collective])
 
 
-@pytest.mark.parametrize("collective", ["gather", "gather_to_first", "announce", "receive"])
+@pytest.mark.parametrize(
+    "collective", ["gather", "gather_to_first", "exchange", "announce", "receive"]
+)
 def test_a_rank_that_never_comes_ends_the_wait_after_the_timeout(collective: str) -> None:
     found = run_ranks(wait_for_one_that_never_comes, 2, collective)[0]
     assert found is not None

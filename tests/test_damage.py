@@ -15,15 +15,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from checks import RULES, cloned, differences, trained
+from checks import RULES, cloned, differences, saved_files, trained
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import Uneven, build
 from ranks import run_ranks
 
 from distavg import Averager, CheckpointCorrupt, CheckpointError, CheckpointNotFound, StateError
-from distavg.checkpoint.manifest import SavedFile, read_manifest
 from distavg.checkpoint.read import verify_checkpoint
+from distavg.checkpoint.records import SavedFile
 
 
 def save_twice(root: str) -> None:
@@ -45,10 +45,6 @@ def path(saved: Path, tmp_path: Path) -> Path:
     """A copy of the first of them."""
     shutil.copytree(saved / "a", tmp_path / "a")
     return tmp_path / "a"
-
-
-def files_of(path: Path) -> list[SavedFile]:
-    return [file for average in read_manifest(path).averages.values() for file in average.files]
 
 
 class Target:
@@ -97,14 +93,14 @@ def boundaries(path: Path, file: SavedFile) -> Iterator[int]:
 
 def test_every_file_torn_wherever_it_matters(path: Path, target: Target) -> None:
     count = 0
-    for file in files_of(path):
+    for file in saved_files(path):
         content = (path / file.name).read_bytes()
         for length in boundaries(path, file):
             (path / file.name).write_bytes((content + b"\0")[:length])
             message = target.refuses(path)
             assert message == (
-                f"CheckpointCorrupt: {path / file.name} is torn: it has {length} bytes, the "
-                f"manifest says {file.nbytes}"
+                f"CheckpointCorrupt: {path / file.name} is torn: it has {length} bytes, its "
+                f"record says {file.nbytes}"
             )
             assert len(verify_checkpoint(path)[1]) == 1
             count += 1
@@ -113,8 +109,13 @@ def test_every_file_torn_wherever_it_matters(path: Path, target: Target) -> None
     assert verify_checkpoint(path)[1] == []
 
 
+def records_of(path: Path) -> list[str]:
+    return [str(each.relative_to(path)) for each in sorted(path.glob("*/shard-?????.json"))]
+
+
 def test_every_file_lost(path: Path, target: Target) -> None:
-    names = [file.name for file in files_of(path)]
+    names = [file.name for file in saved_files(path)] + records_of(path)
+    assert len(names) == 12
     for name in names:
         (path / name).rename(path / "elsewhere")
         assert target.refuses(path) == f"CheckpointCorrupt: {path / name} is missing"
@@ -128,20 +129,39 @@ def test_every_file_lost(path: Path, target: Target) -> None:
 
 def test_files_of_another_save(path: Path, saved: Path, target: Target) -> None:
     """The same values, names and sizes: only the id tells."""
-    for file in files_of(path):
-        content = (path / file.name).read_bytes()
-        shutil.copy(saved / "b" / file.name, path / file.name)
+    for name in [file.name for file in saved_files(path)] + records_of(path):
+        content = (path / name).read_bytes()
+        shutil.copy(saved / "b" / name, path / name)
         assert re.fullmatch(
-            rf"CheckpointCorrupt: {path / file.name} belongs to another save: its id is \w+, the "
+            rf"CheckpointCorrupt: {path / name} belongs to another save: its id is \w+, the "
             r"manifest's \w+",
             target.refuses(path),
         )
-        assert "belongs to another save" in verify_checkpoint(path)[1][0]
-        (path / file.name).write_bytes(content)
+        (fault,) = verify_checkpoint(path)[1]
+        assert "belongs to another save" in fault
+        (path / name).write_bytes(content)
+
+
+def test_every_byte_of_a_record_torn_off_or_flipped(path: Path, target: Target) -> None:
+    name = min(records_of(path), key=lambda each: (path / each).stat().st_size)
+    whole = (path / name).read_bytes()
+    for position in range(len(whole)):
+        spoiled = bytearray(whole)
+        spoiled[position] ^= 1 << position % 8
+        torn = f"is torn: it has {position} bytes, the manifest says {len(whole)}"
+        for content, what in (
+            (bytes(spoiled), ": its checksum is wrong"),
+            (whole[:position], f" {torn}"),
+        ):
+            (path / name).write_bytes(content)
+            assert target.refuses(path) == f"CheckpointCorrupt: {path / name}{what}"
+            assert verify_checkpoint(path)[1] == [f"{path / name}{what}"]
+    (path / name).write_bytes(whole)
+    assert verify_checkpoint(path)[1] == []
 
 
 def test_files_exchanged_within_a_checkpoint(path: Path, target: Target) -> None:
-    first, second, *_ = (path / file.name for file in files_of(path))
+    first, second, *_ = (path / file.name for file in saved_files(path))
     first.rename(path / "aside")
     second.rename(first)
     (path / "aside").rename(second)
@@ -150,18 +170,24 @@ def test_files_exchanged_within_a_checkpoint(path: Path, target: Target) -> None
 
 
 # The last where the bit was in the id of the save.
-KINDS = ("checksum of its header", "checksum of block", "manifest.json is torn", "another save")
+KINDS = (
+    "checksum of its header",
+    "checksum of block",
+    "manifest.json is torn",
+    "its checksum is wrong",
+    "another save",
+)
 
 
 # For each seed; DISTAVG_FLIPS=2000 makes thousands of it.
-FLIPS = int(os.environ.get("DISTAVG_FLIPS", "100"))
+FLIPS = int(os.environ.get("DISTAVG_FLIPS", "200"))
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_random_bits(seed: int, path: Path, target: Target) -> None:
-    """In headers, data and the manifest: whatever is flipped is found and named."""
+    """In headers, data, records and the manifest: whatever is flipped is found and named."""
     rng = random.Random(seed)
-    names = [file.name for file in files_of(path)] + ["manifest.json"]
+    names = [file.name for file in saved_files(path)] + records_of(path) + ["manifest.json"]
     kinds: dict[str, int] = {}
     for _ in range(FLIPS):
         name = rng.choice(names)
@@ -182,7 +208,7 @@ def test_random_bits(seed: int, path: Path, target: Target) -> None:
             (fault,) = verify_checkpoint(path)[1]
             assert name in fault
         (path / name).write_bytes(whole)
-    assert set(kinds) >= set(KINDS[:3])
+    assert set(kinds) >= set(KINDS[:4])
     target.averager.load(path)
     target.averager.step()
     target.before = cloned(target.memory())
@@ -204,7 +230,7 @@ def with_header(change: Callable[[int], int]) -> Callable[[bytes], bytes]:
 def test_headers_of_an_absurd_length(
     change: Callable[[int], int], path: Path, target: Target
 ) -> None:
-    file = files_of(path)[0]
+    file = saved_files(path)[0]
     content = (path / file.name).read_bytes()
     (path / file.name).write_bytes(with_header(change)(content))
     assert target.refuses(path) == (
@@ -219,7 +245,7 @@ def test_any_bytes_in_place_of_a_file(
 ) -> None:
     """Behind a true length of a header, or as they come."""
     path = saved / "b"
-    file = files_of(path)[0]
+    file = saved_files(path)[0]
     whole = (path / file.name).read_bytes()
     spoiled = (struct.pack("<Q", len(content)) if has_length else b"") + content
     try:

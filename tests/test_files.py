@@ -27,8 +27,9 @@ from distavg.checkpoint.files import (
     group_boxes,
     write_shards,
 )
-from distavg.checkpoint.manifest import BLOCK_BYTES, SavedFile
+from distavg.checkpoint.manifest import BLOCK_BYTES
 from distavg.checkpoint.plan import plan_reads
+from distavg.checkpoint.records import SavedFile
 from distavg.errors import CheckpointCorrupt, CheckpointError
 from distavg.layout import Box, range_boxes
 from distavg.shards import Shard
@@ -296,7 +297,7 @@ def test_a_torn_file(tmp_path: Path, nbytes: int) -> None:
     length = nbytes if nbytes >= 0 else file.nbytes + nbytes
     os.truncate(tmp_path / file.name, length)
     assert message_of(lambda: read_example(tmp_path, file)) == (
-        f"{tmp_path / file.name} is torn: it has {length} bytes, the manifest says {file.nbytes}"
+        f"{tmp_path / file.name} is torn: it has {length} bytes, its record says {file.nbytes}"
     )
 
 

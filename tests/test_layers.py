@@ -36,10 +36,13 @@ LEVELS = (
     "swap",
     "gather",
     "batchnorm",
+    "checkpoint.seal",
     "checkpoint.manifest",
     "checkpoint.header",
     "checkpoint.plan",
+    "checkpoint.records",
     "checkpoint.files",
+    "checkpoint.cover",
     "checkpoint.folders",
     "checkpoint.save",
     "checkpoint.export",
@@ -67,6 +70,7 @@ FORBIDDEN_IMPORTS = {
     "rules": ("torch",),
     "schedule": ("torch",),
     "checkpoint.manifest": ("torch.distributed",),
+    "checkpoint.records": ("torch",),
     "checkpoint.plan": ("torch.distributed",),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,7 +13,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distavg.layout import Box, chunk_extent, cover_fault, divide, nested_extent, range_boxes
+from distavg.layout import (
+    Box,
+    BoxIndex,
+    chunk_extent,
+    cover_fault,
+    divide,
+    nested_extent,
+    range_boxes,
+)
 
 Shape = tuple[int, ...]
 
@@ -251,6 +260,31 @@ def test_a_box_outside_the_tensor_is_found(box: Box) -> None:
     assert cover_fault((4, 2), [box]) == (
         f"the box at {box.offsets} of sizes {box.sizes} is outside the tensor"
     )
+
+
+@given(st.data())
+def test_the_boxes_that_meet_another_are_found(data: st.DataObject) -> None:
+    shape = data.draw(FULL_SHAPES)
+    boxes = data.draw(st.lists(boxes_in(shape), max_size=6))
+    wanted = data.draw(boxes_in(shape))
+    found = BoxIndex(boxes).meeting(wanted)
+    assert found == [number for number, box in enumerate(boxes) if box.intersect(wanted)]
+
+
+def test_few_of_many_boxes_are_looked_at() -> None:
+    """Of rows, of columns and of a grid: not each of the many ranks' for each of the many."""
+    rows = [Box((2 * i, 0), (2, 8)) for i in range(1000)]
+    columns = [Box((0, 2 * i), (8, 2)) for i in range(1000)]
+    grid = [Box((4 * i, 4 * j), (4, 4)) for i in range(30) for j in range(30)]
+    for boxes, wanted, most in (
+        (rows, Box((501, 0), (2, 8)), 4),
+        (columns, Box((0, 501), (8, 2)), 4),
+        (grid, Box((13, 13), (4, 4)), 90),
+    ):
+        index = BoxIndex(boxes)
+        with mock.patch.object(Box, "intersect", autospec=True, side_effect=Box.intersect) as seen:
+            assert 0 < len(index.meeting(wanted)) <= 4
+        assert seen.call_count <= most
 
 
 def test_cover_of_zero_dims() -> None:

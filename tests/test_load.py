@@ -7,13 +7,16 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+import xxhash
 from checks import (
     CASES,
     RULES,
@@ -22,6 +25,7 @@ from checks import (
     error_of,
     feed,
     same,
+    saved_files,
     storages,
     torch_average,
     trained,
@@ -31,10 +35,13 @@ from ranks import run_ranks
 from torch import Tensor, nn
 
 from distavg import EMA, SWA, Averager, Clock
-from distavg.checkpoint.manifest import read_manifest
+from distavg.checkpoint.load import LoadPlan
+from distavg.checkpoint.manifest import SavedRecord, read_manifest
 from distavg.checkpoint.read import verify_checkpoint
+from distavg.checkpoint.records import Record, shard_name
 from distavg.errors import (
     CheckpointCorrupt,
+    CheckpointError,
     CheckpointMismatch,
     CheckpointNotFound,
     ConfigError,
@@ -434,7 +441,11 @@ def test_an_extra_tensor_can_be_left_out_as_the_message_says(checkpoint: Path) -
 
 
 def first_file(path: Path, average: str = "ema") -> Path:
-    return path / read_manifest(path).averages[average].files[0].name
+    return path / saved_files(path, average)[0].name
+
+
+def record(path: Path, average: str = "ema") -> Path:
+    return path / average / "shard-00001.json"
 
 
 def foreign(path: Path) -> None:
@@ -460,7 +471,7 @@ DAMAGES: list[tuple[Callable[[Path], object], type[Exception], str]] = [
     (
         lambda path: os.truncate(first_file(path), 500),
         CheckpointCorrupt,
-        "{file} is torn: it has 500 bytes, the manifest says ",
+        "{file} is torn: it has 500 bytes, its record says ",
     ),
     (
         lambda path: flip(first_file(path), 40),
@@ -468,6 +479,27 @@ DAMAGES: list[tuple[Callable[[Path], object], type[Exception], str]] = [
         "{file}: the checksum of its header is wrong",
     ),
     (foreign, CheckpointCorrupt, "{file} belongs to another save: its id is "),
+    (lambda path: record(path).unlink(), CheckpointCorrupt, "{record} is missing"),
+    (
+        lambda path: os.truncate(record(path), 400),
+        CheckpointCorrupt,
+        "{record} is torn: it has 400 bytes, the manifest says ",
+    ),
+    (
+        lambda path: flip(record(path), 40),
+        CheckpointCorrupt,
+        "{record}: its checksum is wrong",
+    ),
+    (
+        lambda path: record(path).unlink() or record(path).mkdir(),
+        CheckpointError,
+        "{record} cannot be read: ",
+    ),
+    (
+        lambda path: shutil.copyfile(record(path, "swa"), record(path)),
+        CheckpointCorrupt,
+        "{record}: its checksum is wrong",
+    ),
 ]
 
 
@@ -486,10 +518,148 @@ def test_damage_that_is_seen_beforehand(
     damage(checkpoint)
     with pytest.raises(kind) as caught:
         averager.load(checkpoint, verify=verify)
-    assert str(caught.value).startswith(text.format(path=checkpoint, file=file))
+    places = {"path": checkpoint, "file": file, "record": record(checkpoint)}
+    assert str(caught.value).startswith(text.format(**places))
     assert (differences(memory(averager), before), counters(averager)) == ([], numbers)
     feed(averager, model, [4])  # nothing has happened
     assert averager.step_count == 5
+
+
+def reseal(path: Path, number: int, change: Callable[[Record], Record]) -> None:
+    """Change a rank's record of "ema" in a checkpoint, and seal it in the manifest as if true."""
+    manifest = read_manifest(path)
+    average = manifest.averages["ema"]
+    shard = shard_name(average.folder, number)
+    file = path / f"{shard}.json"
+    content = change(Record.from_bytes(file.read_bytes(), shard, average.tensors)).to_bytes()
+    file.write_bytes(content)
+    records = list(average.records)
+    records[number] = SavedRecord(len(content), xxhash.xxh3_128_hexdigest(content))
+    averages = {**manifest.averages, "ema": replace(average, records=tuple(records))}
+    (path / "manifest.json").write_bytes(replace(manifest, averages=averages).to_bytes())
+
+
+def without(fqn: str) -> Callable[[Record], Record]:
+    """A record that does not have a tensor's boxes."""
+
+    def change(record: Record) -> Record:
+        files = (
+            replace(file, boxes=tuple(box for box in file.boxes if box.fqn != fqn))
+            for file in record.files
+        )
+        return replace(record, files=tuple(files))
+
+    return change
+
+
+def load_uncovered(root: str, fqns: list[str]) -> list[tuple[str, list[str]]]:
+    """A box of a tensor is in no record: what each rank hears, and what has changed."""
+    _, averager = trained("fsdp2", Uneven)
+    found = []
+    for fqn in fqns:
+        averager.save(f"{root}/a", overwrite=True)
+        if dist.get_rank() == 0:
+            reseal(Path(root, "a"), 0, without(fqn))
+        dist.barrier()
+        before = memory(averager)
+        text = error_of(averager.load, f"{root}/a")
+        found.append((text, differences(memory(averager), before)))
+        averager.step()
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_what_is_not_saved_whole_is_found_by_whichever_rank(
+    tmp_path: Path, world_size: int
+) -> None:
+    """The ranks take turns with the tensors, by name."""
+    path, fqns = tmp_path / "a", trainable()
+    results = run_ranks(load_uncovered, world_size, str(tmp_path), fqns)
+    for rank, found in enumerate(results):
+        for (text, changed), fqn in zip(found, fqns, strict=True):
+            keeper = sorted(fqns).index(fqn) % world_size
+            start = "" if rank == keeper else f"loading {path} failed. rank {keeper}: "
+            assert text.startswith(
+                f"CheckpointCorrupt: {start}{path}: average 'ema' is not whole: {fqn}: "
+            )
+            assert text.endswith(" elements are in no box")
+            assert changed == []
+    (fault,) = verify_checkpoint(path)[1]
+    assert fault.startswith(f"{path}: average 'ema' is not whole: {fqns[-1]}: ")
+
+
+def load_with_bugs(root: str, targets: list[str]) -> list[tuple[str, list[str]]]:
+    """A step fails in an unforeseen way on rank 1: what each rank hears, and what has changed."""
+    _, averager = trained("fsdp2", Uneven)
+    averager.save(f"{root}/a")
+    found = []
+    for target in targets:
+        before = memory(averager)
+        if dist.get_rank() == 1:
+            with mock.patch(target, side_effect=ValueError("a bug")):
+                text = error_of(averager.load, f"{root}/a")
+        else:
+            text = error_of(averager.load, f"{root}/a")
+        found.append((text, differences(memory(averager), before)))
+        averager.step()
+    averager.load(f"{root}/a")
+    return found
+
+
+def test_a_failure_in_any_step_before_the_reads(tmp_path: Path) -> None:
+    steps = ("load.reading", "load.read_record", "cover.BoxIndex", "load.plan_reads")
+    targets = [f"distavg.checkpoint.{step}" for step in (*steps, "load.ShardReader")]
+    results = run_ranks(load_with_bugs, 3, str(tmp_path), targets)
+    for rank, found in enumerate(results):
+        for text, changed in found:
+            message = f"loading {tmp_path}/a failed. rank 1: ValueError: a bug"
+            assert text == ("ValueError: a bug" if rank == 1 else f"RankError: {message}")
+            assert changed == []
+
+
+def parsed_by(call: Callable[..., object], *args: object) -> list[str]:
+    """The records that this rank parses meanwhile."""
+    with mock.patch.object(Record, "from_bytes", wraps=Record.from_bytes) as parsed:
+        call(*args)
+    return [each.args[1] for each in parsed.call_args_list]
+
+
+def load_and_save_counted(root: str) -> tuple[list[str], int, list[str]]:
+    """What this rank parses to load, the boxes that it is told of, and what it parses to save."""
+    _, averager = trained("fsdp2", Uneven, ())
+    with mock.patch.object(
+        LoadPlan, "located", autospec=True, side_effect=LoadPlan.located
+    ) as located:
+        loaded = parsed_by(averager.load, f"{root}/a")
+    ((_, places), _) = located.call_args
+    return loaded, sum(map(len, places.values())), parsed_by(averager.save, f"{root}/b")
+
+
+def test_each_rank_reads_its_share_of_the_records(tmp_path: Path) -> None:
+    run_ranks(save_fsdp2, 4, str(tmp_path))
+    boxes = sum(len(file.boxes) for file in saved_files(tmp_path / "a"))
+    results = run_ranks(load_and_save_counted, 2, str(tmp_path))
+    for rank, (loaded, told, saved) in enumerate(results):
+        numbers = range(1 + rank, 4, 2)  # the tensors are too small for the last of the four
+        assert loaded == [f"{name}/shard-0000{i}" for name in RULES for i in numbers]
+        assert 0 < told < 0.8 * boxes
+        assert saved == [f"{name}/shard-0000{1 + rank}" for name in RULES]  # as a check of its own
+
+
+def save_fsdp2(root: str) -> None:
+    trained("fsdp2", Uneven)[1].save(f"{root}/a")
+
+
+def load_with_other_names(root: str) -> str:
+    _, averager = trained("fsdp2", Uneven)
+    averager.save(f"{root}/a")
+    names = {"ema": "swa", "swa": "ema"} if dist.get_rank() else {}
+    return error_of(averager.load, f"{root}/a", names=names, rules="current")
+
+
+def test_ranks_that_are_given_other_names(tmp_path: Path) -> None:
+    text = f"loading {tmp_path}/a: names= or missing= are not the same on all ranks"
+    assert run_ranks(load_with_other_names, 2, str(tmp_path)) == [f"ConfigError: {text}"] * 2
 
 
 def load_damaged(root: str, damages: list[str]) -> list[tuple[str, list[str]]]:
@@ -498,11 +668,11 @@ def load_damaged(root: str, damages: list[str]) -> list[tuple[str, list[str]]]:
     found = []
     for damage in damages:
         averager.save(f"{root}/{damage}")
-        path = Path(root, damage, "ema", "shard-00002-model-00001-of-00001.safetensors")
+        path = damaged_file(root, damage)
         if dist.get_rank() == 0:
-            if damage == "missing":
+            if damage.endswith("missing"):
                 path.unlink()
-            elif damage == "torn":
+            elif damage.endswith("torn"):
                 os.truncate(path, 700)
             else:
                 flip(path, 30)
@@ -514,12 +684,24 @@ def load_damaged(root: str, damages: list[str]) -> list[tuple[str, list[str]]]:
     return found
 
 
+def damaged_file(root: str | Path, damage: str) -> Path:
+    end = ".json" if damage.startswith("record") else "-model-00001-of-00001.safetensors"
+    return Path(root, damage, "ema", f"shard-00002{end}")
+
+
 def test_damage_that_one_rank_sees_is_raised_on_all(tmp_path: Path) -> None:
-    words = {"missing": " is missing", "torn": " is torn: it has 700 bytes", "header": "header"}
+    words = {
+        "missing": " is missing",
+        "torn": " is torn: it has 700 bytes",
+        "header": "header",
+        "record-missing": " is missing",
+        "record-torn": " is torn: it has 700 bytes",
+        "record-flipped": ": its checksum is wrong",
+    }
     results = run_ranks(load_damaged, 2, str(tmp_path), list(words))
     for rank, found in enumerate(results):
         for (damage, word), (text, changed) in zip(words.items(), found, strict=True):
-            path = tmp_path / damage / "ema" / "shard-00002-model-00001-of-00001.safetensors"
+            path = damaged_file(tmp_path, damage)
             start = "" if rank == 1 else f"loading {tmp_path / damage} failed. rank 1: "
             assert text.startswith(f"CheckpointCorrupt: {start}{path}")
             assert word in text
@@ -533,7 +715,7 @@ def test_damage_that_one_rank_sees_is_raised_on_all(tmp_path: Path) -> None:
 def a_flipped_bit(root: str, file: str, fqn: str) -> Iterator[None]:
     """While it lasts, the first byte of a tensor in a file is wrong."""
     path = Path(root)
-    saved = next(f for f in read_manifest(path).averages["swa"].files if f.name == file)
+    saved = next(each for each in saved_files(path, "swa") if each.name == file)
     begin = next(box.begin for box in saved.boxes if box.fqn == fqn)
     dist.barrier()
     if dist.get_rank() == 0:
@@ -670,7 +852,7 @@ def test_verify_reads_every_byte(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("average", ["ema", "swa"])
 def test_verify_finds_every_flipped_byte(checkpoint: Path, average: str) -> None:
-    file = read_manifest(checkpoint).averages[average].files[0]
+    (file,) = saved_files(checkpoint, average)
     for box in file.boxes:
         for position in (box.begin, box.begin + 4 * box.box.numel - 1):
             flip(checkpoint / file.name, position)

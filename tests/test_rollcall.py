@@ -27,6 +27,7 @@ CASES = [
     ("broadcast", "stuck"),
     ("gather_to_first", "dead"),
     ("add_up", "dead"),
+    ("exchange", "dead"),
 ]
 
 
@@ -35,6 +36,7 @@ def call(ranks: Comm, collective: str) -> object:
         "gather": lambda: ranks.gather(1, "testing"),
         "gather_to_first": lambda: ranks.gather_to_first(1, "testing"),
         "broadcast": lambda: ranks.broadcast(1, "testing", source=2),
+        "exchange": lambda: ranks.exchange([1] * 4, "testing"),
         "add_up": lambda: ranks.add_up(torch.zeros(3), "testing"),
         "announce": lambda: ranks.announce(0, "testing"),
     }

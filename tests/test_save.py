@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from checks import RULES, differences, error_of, feed, torch_average, trained
+from checks import RULES, differences, error_of, feed, saved_files, torch_average, trained
 from models import Awkward, Uneven, build, set_weights, weights_at
 from ranks import run_ranks
 from safetensors import safe_open
@@ -26,8 +26,10 @@ from torch import Tensor, nn
 import distavg
 from distavg import Averager
 from distavg.checkpoint import folders
+from distavg.checkpoint.files import write_shards
 from distavg.checkpoint.manifest import read_manifest
 from distavg.checkpoint.read import verify_checkpoint
+from distavg.checkpoint.records import SavedFile, uncovered
 from distavg.errors import (
     CheckpointCorrupt,
     CheckpointError,
@@ -35,6 +37,7 @@ from distavg.errors import (
     CheckpointNotFound,
     ConfigError,
 )
+from distavg.layout import Box
 
 MARKER = ".distavg-uncommitted.json"
 LIVE_SEED = 99
@@ -93,10 +96,12 @@ def test_what_lies_where(tmp_path: Path) -> None:
         "ema",
         f"ema/{index}",
         f"ema/{shard}",
+        "ema/shard-00001.json",
         "manifest.json",
         "swa",
         f"swa/{index}",
         f"swa/{shard}",
+        "swa/shard-00001.json",
         "train",
         "train/note-0",
     ]
@@ -344,6 +349,10 @@ SAVE = "distavg.checkpoint.save"
 FAULTS: list[tuple[str, int, Exception]] = [
     (f"{SAVE}.write_shards", 1, NO_SPACE),
     (f"{SAVE}.write_shards", 0, NO_SPACE),
+    (f"{SAVE}.write_record", 0, NO_SPACE),
+    (f"{SAVE}.write_record", 1, NO_SPACE),
+    ("distavg.checkpoint.cover.cover_fault", 0, ValueError("a bug")),
+    ("distavg.checkpoint.cover.cover_fault", 1, ValueError("a bug")),
     ("distavg.checkpoint.files._write_all", 1, NO_SPACE),
     ("distavg.checkpoint.files._digests", 1, ValueError("a bug")),
     (f"{SAVE}.fsync_path", 0, NO_SPACE),
@@ -394,6 +403,44 @@ def test_a_failure_on_one_rank(tmp_path: Path, layout: str) -> None:
             assert not left_something
             assert is_untouched
     assert holds(tmp_path / "a", range(4))
+
+
+def save_without(root: str, fqns: list[str]) -> list[tuple[str, bool]]:
+    """Rank 0 does not write its box of a tensor: what each hears, and whether anything is left."""
+    _, averager = trained("fsdp2", Uneven)
+    found = []
+    for fqn in fqns:
+
+        def write(*args: Any, fqn: str = fqn) -> list[SavedFile]:
+            *others, shards, save_id = args
+            lost = fqn if dist.get_rank() == 0 else None
+            return write_shards(*others, [each for each in shards if each.fqn != lost], save_id)
+
+        with mock.patch(f"{SAVE}.write_shards", write):
+            text = error_of(averager.save, f"{root}/a")
+        dist.barrier()
+        found.append((text, Path(root, "a").exists()))
+        dist.barrier()
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_what_is_not_written_whole_is_found_by_whichever_rank(
+    tmp_path: Path, world_size: int
+) -> None:
+    """The ranks take turns with the tensors, by name."""
+    fqns = trainable()
+    assert len(fqns) > 3
+    results = run_ranks(save_without, world_size, str(tmp_path), fqns)
+    for rank, found in enumerate(results):
+        for (text, left_something), fqn in zip(found, fqns, strict=True):
+            keeper = sorted(fqns).index(fqn) % world_size
+            start = "" if rank == keeper else f"saving to {tmp_path}/a failed. rank {keeper}: "
+            assert text.startswith(
+                f"CheckpointError: {start}average 'ema' was not written whole: {fqn}: "
+            )
+            assert text.endswith(" elements are in no box")
+            assert not left_something
 
 
 def overwrite_failing(root: str) -> None:
@@ -707,22 +754,71 @@ def save_and_list(root: str, layout: str) -> list[str]:
     _, averager = trained(layout, Uneven)
     averager.save(f"{root}/a")
     rank = dist.get_rank() + 1
-    return [path.name for path in Path(root).glob(f"a/ema/shard-{rank:05d}-*")]
+    return [path.name for path in Path(root).glob(f"a/ema/shard-{rank:05d}*")]
 
 
 @pytest.mark.parametrize("layout", ["fsdp2", "ddp"])
 def test_each_rank_writes_its_own_shards(tmp_path: Path, layout: str) -> None:
     files = run_ranks(save_and_list, 2, str(tmp_path), layout)
-    assert all(files)
+    assert all(f"shard-0000{rank}.json" in own for rank, own in enumerate(files, start=1))
     folder = tmp_path / "a" / "ema"
     assert {path.name for path in folder.iterdir()} == {name for own in files for name in own}
-    manifest = read_manifest(tmp_path / "a").averages["ema"]
+    average = read_manifest(tmp_path / "a").averages["ema"]
+    saved = saved_files(tmp_path / "a", "ema")
     # Every element is written once, and by one rank.
-    assert manifest.fault() is None
-    assert manifest.nbytes == sum(weight.nbytes for weight in weights_at(Uneven(), 0).values())
-    for file in manifest.files:
+    assert uncovered(average, saved) is None
+    assert average.nbytes == sum(weight.nbytes for weight in weights_at(Uneven(), 0).values())
+    for file in saved:
         names = [box.fqn for box in file.boxes]
         assert len(names) == len(set(names)) > 0
+
+
+class Wide(nn.Module):
+    """A tensor of one name, whatever its size."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size, 10, 10))
+
+
+def in_pieces(count: int) -> Callable[..., list[SavedFile]]:
+    """The function `write_shards`, with each box cut into so many along its first dim."""
+
+    def write(*args: Any) -> list[SavedFile]:
+        *others, shards, save_id = args
+        pieces = []
+        for shard in shards:
+            (first, *offsets), (length, *sizes) = shard.box
+            step = -(-length // count)
+            for low in range(0, length, step):
+                box = Box((first + low, *offsets), (min(step, length - low), *sizes))
+                pieces.append(shard.part(box))
+        return write_shards(*others, pieces, save_id)
+
+    return write
+
+
+def save_small_and_large(root: str) -> None:
+    """A small tensor in few boxes and blocks, and a large one in many; all else is equal."""
+    for name, size, count in (("small", 1000, 1), ("large", 9999, 50)):
+        averager = Averager(Wide(size), RULES, replicas=dist.group.WORLD)
+        with (
+            mock.patch("time.time", return_value=1.7e9),
+            mock.patch(f"{SAVE}.write_shards", in_pieces(count)),
+        ):
+            averager.save(f"{root}/{name}")
+
+
+def test_the_manifest_does_not_grow_with_elements_and_boxes(tmp_path: Path) -> None:
+    run_ranks(save_small_and_large, 2, str(tmp_path))
+    small, large = tmp_path / "small", tmp_path / "large"
+    boxes = [sum(len(file.boxes) for file in saved_files(path)) for path in (small, large)]
+    assert boxes[1] > 40 * boxes[0]
+    records = [(path / "ema" / "shard-00001.json").stat().st_size for path in (small, large)]
+    assert records[1] > 20 * records[0]
+    manifests = [(path / "manifest.json").stat().st_size for path in (small, large)]
+    digits = 2 * 2 * (len(str(records[1])) - len(str(records[0])))  # two ranks, two averages
+    assert manifests[1] == manifests[0] + digits
 
 
 def save_awkward(root: str) -> None:
@@ -735,9 +831,10 @@ def test_buffers_are_rank_0s(tmp_path: Path) -> None:
     average = read_manifest(tmp_path / "a").averages["ema"]
     buffers = {name for name, _ in Awkward().named_buffers()}
     assert buffers < set(average.tensors)
-    places = average.boxes()
+    files = saved_files(tmp_path / "a", "ema")
     for name in buffers:
-        assert [file.name.split("-")[1] for file, _ in places[name]] == ["00001"]
+        holders = [file.name for file in files if name in {box.fqn for box in file.boxes}]
+        assert [holder.split("-")[1] for holder in holders] == ["00001"]
     assert average.tensors["calls"].dtype == "int64"
     assert average.tensors["mask"].dtype == "bool"
 

@@ -20,8 +20,9 @@ import xxhash
 from torch import Tensor
 
 from distavg.checkpoint.header import encode_header, read_header
-from distavg.checkpoint.manifest import BLOCK_BYTES, HASH_DIGITS, SavedBox, SavedFile, SavedTensor
+from distavg.checkpoint.manifest import BLOCK_BYTES, SavedTensor
 from distavg.checkpoint.plan import Read, runs
+from distavg.checkpoint.records import HASH_DIGITS, SavedBox, SavedFile, shard_name
 from distavg.errors import CheckpointCorrupt, CheckpointError
 from distavg.foreach import as_bytes
 from distavg.tensors import Shard
@@ -66,7 +67,7 @@ def group_boxes(shards: Sequence[Shard]) -> list[list[Shard]]:
 def write_shards(
     root: Path, folder: str, rank: int, shards: Sequence[Shard], save_id: str
 ) -> list[SavedFile]:
-    """Write a rank's shards of one average and return what the manifest says of them.
+    """Write a rank's shards of one average and return what its record says of them.
 
     Raises:
         CheckpointError: The file exists already, or cannot be written.
@@ -75,7 +76,8 @@ def write_shards(
     groups = group_boxes(shards)
     files = []
     for number, group in enumerate(groups, start=1):
-        name = f"{folder}/shard-{rank + 1:05d}-model-{number:05d}-of-{len(groups):05d}.safetensors"
+        shard = shard_name(folder, rank)
+        name = f"{shard}-model-{number:05d}-of-{len(groups):05d}.safetensors"
         try:
             files.append(_write_file(root / name, name, group, save_id))
         except OSError as error:
@@ -159,7 +161,7 @@ def fsync_tree(folder: Path) -> None:
 
 
 class ShardReader:
-    """An open shard file whose size and header are those that the manifest names.
+    """An open shard file whose size and header are those that its record names.
 
     Raises:
         CheckpointCorrupt: Missing, torn, another save's, or a spoiled header.
@@ -205,7 +207,7 @@ class ShardReader:
             )
         if nbytes != self._file.nbytes:
             raise CheckpointCorrupt(
-                f"{path} is torn: it has {nbytes} bytes, the manifest says {self._file.nbytes}"
+                f"{path} is torn: it has {nbytes} bytes, its record says {self._file.nbytes}"
             )
         if not intact:
             raise CheckpointCorrupt(f"{path}: the checksum of its header is wrong")

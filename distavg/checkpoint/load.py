@@ -1,7 +1,8 @@
 """Loading and verifying: every rank reads what it owns, from any world size and layout.
 
-All that can be known before data is read is checked first, on every rank, before anything in
-memory changes: the manifest, the names, shapes, dtypes and rules, the cover of what is wanted,
+All that can be known before data is read is checked first, before anything in memory changes: the
+manifest, the names, shapes, dtypes and rules by every rank; the records by each rank its share; the
+cover of every tensor by one rank, which then tells the others where the boxes lie that they want;
 and every needed file's presence, size and header. Then the data goes straight into the averages'
 memory, verified block by block on the way.
 """
@@ -10,7 +11,7 @@ import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ import torch
 from torch import Tensor
 
 from distavg.average import Average
+from distavg.checkpoint.cover import Key, find_boxes
 from distavg.checkpoint.files import BUFFER_BYTES, ShardReader, Target
 from distavg.checkpoint.folders import reading
-from distavg.checkpoint.manifest import Manifest, SavedAverage, SavedBox, SavedFile
+from distavg.checkpoint.manifest import Manifest, SavedAverage
 from distavg.checkpoint.plan import Read, plan_reads
+from distavg.checkpoint.records import Place, SavedBox, SavedFile, read_record
 from distavg.checkpoint.save import Also, call_also
 from distavg.comm import Comm
 from distavg.errors import CheckpointCorrupt, CheckpointMismatch, ConfigError
@@ -37,6 +40,10 @@ __all__ = ["LoadPlan", "plan_load", "planned_load"]
 logger = logging.getLogger("distavg")
 
 
+# What is read of each file, into what.
+_ByFile = list[tuple[SavedFile, list[tuple[SavedBox, Target, list[Read]]]]]
+
+
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
     """Everything that a load will do on this rank, checked.
@@ -48,8 +55,10 @@ class LoadPlan:
         schedules: The schedule that each of them goes on with.
         names: For each of them the names under which each tensor was saved. Several, if it is
             tied here and was not then.
-        reads: For each of them what is read from which file, into what.
         statistics: For each of them its BatchNorm statistics, which `read` fills.
+        wanted: For each of them the shards that `read` fills, and the saved tensor of each.
+        places: The saved boxes that have an element of those; from `located` on.
+        reads: For each of them what is read from which file, into what; from `located` on.
     """
 
     path: Path
@@ -57,13 +66,37 @@ class LoadPlan:
     sources: dict[str, SavedAverage]
     schedules: dict[str, Schedule]
     names: dict[str, dict[str, list[str]]]
-    reads: dict[str, "_ByFile"]
     statistics: dict[str, dict[str, Tensor]]
+    wanted: dict[str, list[tuple[str, Shard]]]
+    places: Mapping[Key, Sequence[Place]] = field(default_factory=dict)
+    reads: dict[str, _ByFile] = field(default_factory=dict)
 
     @property
     def has_ties(self) -> bool:
         """Whether tensors are tied here that were not when they were saved."""
         return any(len(each) > 1 for names in self.names.values() for each in names.values())
+
+    @property
+    def boxes(self) -> list[tuple[Key, Box]]:
+        """Of which saved tensor which box is wanted."""
+        return [
+            ((name, saved), shard.box)
+            for name, shards in self.wanted.items()
+            for saved, shard in shards
+        ]
+
+    def located(self, places: Mapping[Key, Sequence[Place]]) -> "LoadPlan":
+        """The plan with what is read from which file; each is there, and the one that was saved.
+
+        Raises:
+            CheckpointCorrupt: A file is missing, torn, another save's, or has a spoiled header.
+        """
+        plan = replace(self, places=places)
+        reads = {name: plan._by_file(name, shards) for name, shards in self.wanted.items()}
+        for file, _ in itertools.chain(*reads.values()):
+            with ShardReader(self.path, file, self.manifest.save_id):
+                pass
+        return replace(plan, reads=reads)
 
     def check_ties(self, averages: Sequence[Average], *, verify: bool) -> None:
         """Compare what was saved of tensors that are tied here and were not when they were saved.
@@ -82,7 +115,7 @@ class LoadPlan:
                 for name in names[shard.fqn]:
                     value = torch.empty(shard.box.sizes, dtype=dtype, device="cpu")
                     wanted = [(name, replace(shard, tensor=value))]
-                    self._fill(_by_file(self.sources[average.name], wanted), verify=verify)
+                    self._fill(self._by_file(average.name, wanted), verify=verify)
                     values.append(as_bytes(value))
                 for name, value in zip(names[shard.fqn], values, strict=True):
                     if not torch.equal(value, values[0]):
@@ -118,7 +151,21 @@ class LoadPlan:
             average.schedule = self.schedules.get(average.name, average.schedule)
             average.damaged = None
 
-    def _fill(self, by_file: "_ByFile", *, verify: bool) -> None:
+    def _by_file(self, average: str, shards: Sequence[tuple[str, Shard]]) -> _ByFile:
+        """The reads that fill these shards, each from a saved tensor, file by file."""
+        found: dict[str, tuple[SavedFile, list[tuple[SavedBox, Target, list[Read]]]]] = {}
+        for name, shard in shards:
+            saved = self.sources[average].tensors[name]
+            target = Target(shard.tensor, getattr(torch, saved.dtype))
+            for file, box in self.places.get((average, name), ()):
+                reads = plan_reads(
+                    box.box, shard.box, saved.item_bytes, BUFFER_BYTES, is_flat=target.is_flat
+                )
+                if reads:
+                    found.setdefault(file.name, (file, []))[1].append((box, target, reads))
+        return list(found.values())
+
+    def _fill(self, by_file: _ByFile, *, verify: bool) -> None:
         buffer = torch.empty(BUFFER_BYTES, dtype=torch.uint8, device="cpu")
         for file, boxes in by_file:
             with ShardReader(self.path, file, self.manifest.save_id) as reader:
@@ -141,12 +188,17 @@ def planned_load(
 ) -> Iterator[LoadPlan]:
     """A load, checked by all ranks, to be read within the context. Collective.
 
-    A vote; another if tensors are tied here that were not; and another after `also`. As long as the
+    Three votes and two exchanges: a vote when each rank has read its share of the records, in the
+    order of the ranks that wrote them, whatever their number; what and where is saved and wanted
+    goes to those who keep each tensor (`find_boxes`); a vote when everything is in its place.
+    Another vote if tensors are tied here that were not; and another after `also`. As long as the
     context lasts, the checkpoint is not removed.
 
     Raises:
         DistavgError: What `plan_load` raised on any rank, or `also`.
+        CheckpointCorrupt: A file is missing, torn, foreign or spoiled, or a tensor is not whole.
         CheckpointMismatch: Ranks see different checkpoints, or tied tensors differ.
+        ConfigError: Ranks were given other options.
     """
     doing = f"loading {path}"
     with ExitStack() as stack:
@@ -156,13 +208,37 @@ def planned_load(
             plan = plan_load(
                 path, manifest, averages, model_shards, clock, need_extra=need_extra, **options
             )
-            vote.answer = manifest.save_id, plan.has_ties
-        if len({save_id for save_id, _ in vote.answers}) > 1:
+            known = {
+                name: [
+                    file
+                    for number in range(comm.rank, len(source.records), comm.size)
+                    for file in read_record(path, manifest, source, number)
+                ]
+                for name, source in plan.sources.items()
+            }
+            folders = {name: source.folder for name, source in plan.sources.items()}
+            vote.answer = manifest.save_id, folders, plan.has_ties
+        if len({save_id for save_id, _, _ in vote.answers}) > 1:
             raise CheckpointMismatch(
                 f"{path} is not the same checkpoint on all ranks: load from a file system that "
                 "they share"
             )
-        if any(has_ties for _, has_ties in vote.answers):
+        if any(each != folders for _, each, _ in vote.answers):
+            raise ConfigError(f"{doing}: names= or missing= are not the same on all ranks")
+        tensors = {name: source.tensors for name, source in plan.sources.items()}
+        places = find_boxes(
+            tensors,
+            known,
+            plan.boxes,
+            comm,
+            doing,
+            lambda name, fault: CheckpointCorrupt(
+                f"{path}: average {name!r} is not whole: {fault}"
+            ),
+        )
+        with comm.together(doing):
+            plan = plan.located(places)
+        if any(has_ties for _, _, has_ties in vote.answers):
             with comm.together(doing):
                 plan.check_ties(averages, verify=verify)
         if also is not None:
@@ -184,7 +260,7 @@ def plan_load(
     cast: bool,
     need_extra: bool,
 ) -> LoadPlan:
-    """Check everything that can be known before data is read. Not collective.
+    """Check everything that the manifest can tell. Not collective.
 
     Args:
         path: The checkpoint.
@@ -199,7 +275,6 @@ def plan_load(
         need_extra: Whether what `save(also=)` wrote is wanted, too.
 
     Raises:
-        CheckpointCorrupt: A file is missing, torn, foreign or spoiled.
         CheckpointMismatch: It is not of these averages or of this model.
         ConfigError: A name or an option that cannot be.
     """
@@ -214,7 +289,7 @@ def plan_load(
     sources = _sources(path, manifest, [a.name for a in averages], names or {}, missing)
     schedules: dict[str, Schedule] = {}
     saved_names: dict[str, dict[str, list[str]]] = {}
-    reads: dict[str, _ByFile] = {}
+    wanted: dict[str, list[tuple[str, Shard]]] = {}
     statistics: dict[str, dict[str, Tensor]] = {}
     for average in averages:
         if average.name in sources:
@@ -225,13 +300,13 @@ def plan_load(
             _check_tensors(average, source, model_shards, matched, cast=cast)
             memories = _statistics(source, average, model_shards)
             statistics[average.name] = {fqn: memory for (_, fqn), memory in memories.items()}
-            wanted = [(name, s) for s in average.own_shards() for name in matched[s.fqn]]
+            shards = [(name, s) for s in average.own_shards() for name in matched[s.fqn]]
             for (saved_name, fqn), memory in memories.items():
                 shape = tuple(memory.shape)
-                wanted.append((saved_name, Shard(fqn, Box.whole(shape), shape, memory)))
-            reads[average.name] = _plan_files(path, manifest, average, source, wanted)
+                shards.append((saved_name, Shard(fqn, Box.whole(shape), shape, memory)))
+            wanted[average.name] = shards
             saved_names[average.name] = matched
-    return LoadPlan(path, manifest, sources, schedules, saved_names, reads, statistics)
+    return LoadPlan(path, manifest, sources, schedules, saved_names, statistics, wanted)
 
 
 def _sources(
@@ -373,39 +448,3 @@ def _check_tensors(
                 f"{fqn}: the checkpoint holds {saved.dtype}, the average is {dtype}. Convert with "
                 f"cast=True, or build the Averager with dtype=torch.{saved.dtype}"
             )
-
-
-def _plan_files(
-    path: Path,
-    manifest: Manifest,
-    average: Average,
-    source: SavedAverage,
-    wanted: Sequence[tuple[str, Shard]],
-) -> "_ByFile":
-    """What is read from which file; each is there, and the one that was saved."""
-    if fault := source.fault():
-        raise CheckpointCorrupt(f"{path}: average {average.name!r} is not whole: {fault}")
-    by_file = _by_file(source, wanted)
-    for file, _ in by_file:
-        with ShardReader(path, file, manifest.save_id):
-            pass
-    return by_file
-
-
-_ByFile = list[tuple[SavedFile, list[tuple[SavedBox, Target, list[Read]]]]]
-
-
-def _by_file(source: SavedAverage, shards: Sequence[tuple[str, Shard]]) -> _ByFile:
-    """The reads that fill these shards, each from a saved tensor, file by file."""
-    wanted: dict[str, tuple[SavedFile, list[tuple[SavedBox, Target, list[Read]]]]] = {}
-    places = source.boxes()
-    for name, shard in shards:
-        saved = source.tensors[name]
-        target = Target(shard.tensor, getattr(torch, saved.dtype))
-        for file, box in places[name]:
-            reads = plan_reads(
-                box.box, shard.box, saved.item_bytes, BUFFER_BYTES, is_flat=target.is_flat
-            )
-            if reads:
-                wanted.setdefault(file.name, (file, []))[1].append((box, target, reads))
-    return list(wanted.values())

@@ -1,26 +1,24 @@
-"""The manifest of a checkpoint, format version 1: what is saved where, as plain records.
+"""The manifest of a checkpoint, format version 1: what is saved, by which ranks.
 
 `manifest.json` is written last and renamed into place, so its presence is the commit. Its last
-key is a checksum of everything before it. All that is read from it is validated before use: names
-cannot lead out of the checkpoint, byte ranges lie in their files, and boxes have the size of
-their bytes.
+key is a checksum of everything before it, and of each rank's record file, which says what lies
+where (`distavg.checkpoint.records`), it holds size and checksum: so it seals the whole checkpoint,
+and grows with the number of tensors and of ranks, not with their product. All that is read from it
+is validated before use: names cannot lead out of the checkpoint.
 """
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import xxhash
-
+from distavg.checkpoint.seal import count, decode, encode, expect, text
 from distavg.errors import CheckpointCorrupt, CheckpointError, CheckpointNotFound
-from distavg.layout import Box, cover_fault
 
-__all__ = ["Manifest", "SavedAverage", "SavedBox", "SavedFile", "SavedTensor", "read_manifest"]
+__all__ = ["Manifest", "SavedAverage", "SavedRecord", "SavedTensor", "read_manifest"]
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_NAME = "distavg"
@@ -52,35 +50,15 @@ _OTHER_ITEM_BYTES = {
     "uint64": 8,
 }
 FOLDER_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
-_FILE_PATTERN = FOLDER_PATTERN + r"/shard-\d{5,}-model-\d{5,}-of-\d{5,}\.safetensors"
-HASH_DIGITS = 16
+_CHECKSUM_PATTERN = "[0-9a-f]{32}"
 _YEAR_10000 = 253_402_300_800  # in seconds since the epoch; datetime ends there
 
 
-class SavedBox(NamedTuple):
-    """A box of a tensor in a file.
+class SavedRecord(NamedTuple):
+    """A rank's record file: its size, and the xxh3-128 of its content."""
 
-    Attributes:
-        fqn: The tensor's name.
-        box: Where it lies in the whole tensor.
-        begin: Where its bytes begin in the file; they are contiguous, in row-major order.
-        checksums: xxh3-64 of each block of its bytes, 16 hexadecimal digits each.
-    """
-
-    fqn: str
-    box: Box
-    begin: int
-    checksums: str
-
-
-@dataclass(frozen=True, slots=True)
-class SavedFile:
-    """One safetensors file: its name relative to the checkpoint, size, header and boxes."""
-
-    name: str
     nbytes: int
-    header_checksum: str
-    boxes: tuple[SavedBox, ...]
+    checksum: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +83,10 @@ class SavedTensor:
 
 @dataclass(frozen=True, slots=True)
 class SavedAverage:
-    """One average: its folder, rule, counter, tensors and files.
+    """One average: its folder, rule, counter, tensors, and the ranks' records.
 
     Where `statistics_at` is not None, buffers among the tensors are BatchNorm statistics that were
-    measured for it, after so many updates.
+    measured for it, after so many updates. A rank that wrote nothing of it has no record.
     """
 
     folder: str
@@ -116,27 +94,12 @@ class SavedAverage:
     num_updates: int
     statistics_at: int | None
     tensors: dict[str, SavedTensor]
-    files: tuple[SavedFile, ...]
+    records: tuple[SavedRecord | None, ...]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the whole average."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
-
-    def boxes(self) -> dict[str, list[tuple[SavedFile, SavedBox]]]:
-        """Where each tensor's boxes are."""
-        places: dict[str, list[tuple[SavedFile, SavedBox]]] = {name: [] for name in self.tensors}
-        for file in self.files:
-            for box in file.boxes:
-                places[box.fqn].append((file, box))
-        return places
-
-    def fault(self) -> str | None:
-        """Why the boxes do not cover every tensor exactly once; None if they do."""
-        for fqn, places in self.boxes().items():
-            if fault := cover_fault(self.tensors[fqn].shape, [box.box for _, box in places]):
-                return f"{fqn}: {fault}"
-        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,23 +156,12 @@ class Manifest:
                         }
                         for tensor in average.tensors.values()
                     },
-                    "files": {
-                        file.name: {
-                            "nbytes": file.nbytes,
-                            "header": file.header_checksum,
-                            "boxes": [
-                                [b.fqn, b.box.offsets, b.box.sizes, b.begin, b.checksums]
-                                for b in file.boxes
-                            ],
-                        }
-                        for file in average.files
-                    },
+                    "records": average.records,
                 }
                 for name, average in self.averages.items()
             },
         }
-        text = json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        return _sealed(text.encode())
+        return encode(body)
 
     @classmethod
     def from_bytes(cls, content: bytes) -> "Manifest":
@@ -218,34 +170,7 @@ class Manifest:
         Raises:
             CheckpointCorrupt: Says whether it is torn or spoiled, of another version, or invalid.
         """
-        body, _, _ = content.rpartition(b',"checksum":"')
-        if not body or _sealed(body + b"}") != content:
-            raise CheckpointCorrupt(
-                f"manifest.json is torn or spoiled: {len(content)} bytes that do not end in their "
-                "own checksum"
-            )
-        try:
-            data = json.loads(body + b"}")
-            if (data["format"], data["version"]) != (FORMAT_NAME, FORMAT_VERSION):
-                raise CheckpointCorrupt(
-                    f"manifest.json has format {data['format']!r} version {data['version']!r}; "
-                    f"this release reads {FORMAT_NAME!r} version {FORMAT_VERSION}"
-                )
-            _expect(data["block_bytes"] == BLOCK_BYTES, "block_bytes", data["block_bytes"])
-            extra = data["extra_folder"]
-            return cls(
-                save_id=_text(data["save_id"]),
-                averager_id=_text(data["averager_id"]),
-                committed_at=_seconds(data["committed_at"]),
-                steps=_count(data["steps"]),
-                epochs=_epochs(*map(_count, data["epochs"])),
-                averages={_text(n): _average_from(a) for n, a in data["averages"].items()},
-                extra_folder=None if extra is None else _text(extra, FOLDER_PATTERN),
-            )
-        except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
-            raise CheckpointCorrupt(f"manifest.json is not valid: {error!r}") from error
-        except RecursionError as error:
-            raise CheckpointCorrupt("manifest.json is not valid: nested too deeply") from error
+        return decode(content, MANIFEST_NAME, _manifest_from)
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -260,10 +185,10 @@ def read_manifest(path: Path) -> Manifest:
         content = (path / MANIFEST_NAME).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         if path.is_dir():
-            text = "has no manifest.json: it is not a checkpoint, or its save was never committed"
+            why = "has no manifest.json: it is not a checkpoint, or its save was never committed"
         else:
-            text = "there is no checkpoint here" if not path.exists() else "is not a folder"
-        raise CheckpointNotFound(f"{path}: {text}") from None
+            why = "there is no checkpoint here" if not path.exists() else "is not a folder"
+        raise CheckpointNotFound(f"{path}: {why}") from None
     except IsADirectoryError:
         raise CheckpointCorrupt(f"{path}: manifest.json is a folder") from None
     except OSError as error:
@@ -274,84 +199,62 @@ def read_manifest(path: Path) -> Manifest:
         raise CheckpointCorrupt(f"{path}: {error}") from error
 
 
-def _sealed(body: bytes) -> bytes:
-    return body[:-1] + f',"checksum":"{xxhash.xxh3_128_hexdigest(body)}"}}\n'.encode()
+def _manifest_from(data: Mapping[str, Any]) -> Manifest:
+    if (data["format"], data["version"]) != (FORMAT_NAME, FORMAT_VERSION):
+        raise CheckpointCorrupt(
+            f"{MANIFEST_NAME} has format {data['format']!r} version {data['version']!r}; "
+            f"this release reads {FORMAT_NAME!r} version {FORMAT_VERSION}"
+        )
+    expect(data["block_bytes"] == BLOCK_BYTES, "block_bytes", data["block_bytes"])
+    extra = data["extra_folder"]
+    return Manifest(
+        save_id=text(data["save_id"]),
+        averager_id=text(data["averager_id"]),
+        committed_at=_seconds(data["committed_at"]),
+        steps=count(data["steps"]),
+        epochs=_epochs(*map(count, data["epochs"])),
+        averages={text(n): _average_from(a) for n, a in data["averages"].items()},
+        extra_folder=None if extra is None else text(extra, FOLDER_PATTERN),
+    )
 
 
 def _average_from(data: Mapping[str, Any]) -> SavedAverage:
     tensors = {
         fqn: SavedTensor(
-            _text(fqn),
-            tuple(map(_count, tensor["shape"])),
-            _text(tensor["dtype"]),
-            tuple(map(_text, tensor["aliases"])),
+            text(fqn),
+            tuple(map(count, tensor["shape"])),
+            text(tensor["dtype"]),
+            tuple(map(text, tensor["aliases"])),
         )
         for fqn, tensor in data["tensors"].items()
     }
     for tensor in tensors.values():
-        _expect(tensor.dtype in ITEM_BYTES, "dtype", tensor.dtype)
-    _expect(isinstance(data["rule"], dict), "rule", data["rule"])
-    _text(json.dumps(data["rule"], ensure_ascii=False))
+        expect(tensor.dtype in ITEM_BYTES, "dtype", tensor.dtype)
+    expect(isinstance(data["rule"], dict), "rule", data["rule"])
+    text(json.dumps(data["rule"], ensure_ascii=False))
     return SavedAverage(
-        folder=_text(data["folder"], FOLDER_PATTERN),
+        folder=text(data["folder"], FOLDER_PATTERN),
         rule=data["rule"],
-        num_updates=_count(data["num_updates"]),
-        statistics_at=None if data["statistics_at"] is None else _count(data["statistics_at"]),
+        num_updates=count(data["num_updates"]),
+        statistics_at=None if data["statistics_at"] is None else count(data["statistics_at"]),
         tensors=tensors,
-        files=tuple(_file_from(name, file, tensors) for name, file in data["files"].items()),
+        records=tuple(map(_record_from, data["records"])),
     )
 
 
-def _file_from(name: str, data: Mapping[str, Any], tensors: Mapping[str, SavedTensor]) -> SavedFile:
-    nbytes = _count(data["nbytes"])
-    return SavedFile(
-        name=_text(name, _FILE_PATTERN),
-        nbytes=nbytes,
-        header_checksum=_text(data["header"]),
-        boxes=tuple(_box_from(box, tensors, nbytes) for box in data["boxes"]),
-    )
-
-
-def _box_from(data: Any, tensors: Mapping[str, SavedTensor], file_bytes: int) -> SavedBox:
-    fqn, offsets, sizes, begin, checksums = data
-    tensor = tensors[fqn]
-    nbytes = tensor.item_bytes
-    for value in (*offsets, *sizes, begin):
-        if type(value) is not int or value < 0:
-            raise ValueError(f"count: {value!r}")
-    for offset, size, length in zip(offsets, sizes, tensor.shape, strict=True):
-        if offset + size > length:
-            raise ValueError(f"box: {offsets}, {sizes}")
-        nbytes *= size
-    if begin + nbytes > file_bytes:
-        raise ValueError(f"byte range: {(begin, nbytes)!r}")
-    if type(checksums) is not str or len(checksums) != -(-nbytes // BLOCK_BYTES) * HASH_DIGITS:
-        raise ValueError(f"checksums: {checksums!r:.32}")
-    return SavedBox(tensor.fqn, Box(tuple(offsets), tuple(sizes)), begin, checksums)
-
-
-def _count(value: object) -> int:
-    _expect(type(value) is int and value >= 0, "count", value)
-    return value  # type: ignore[return-value]  # just proved
+def _record_from(data: Any) -> SavedRecord | None:
+    if data is None:
+        return None
+    nbytes, checksum = data
+    return SavedRecord(count(nbytes), text(checksum, _CHECKSUM_PATTERN))
 
 
 def _seconds(value: object) -> float:
-    _expect(type(value) in (int, float) and 0 <= value < _YEAR_10000, "time", value)  # type: ignore[operator]
+    expect(type(value) in (int, float) and 0 <= value < _YEAR_10000, "time", value)  # type: ignore[operator]
     return float(value)  # type: ignore[arg-type]  # just proved
 
 
 def _epochs(numerator: int, denominator: int) -> Fraction:
     epochs = Fraction(numerator, denominator)
-    _expect(epochs < 2**63, "epochs", epochs)
+    expect(epochs < 2**63, "epochs", epochs)
     return epochs
-
-
-def _text(value: object, pattern: str | None = None) -> str:
-    _expect(type(value) is str and (pattern is None or re.fullmatch(pattern, value)), "text", value)
-    value.encode()  # type: ignore[attr-defined]  # half a surrogate pair could not be printed
-    return value  # type: ignore[return-value]  # just proved
-
-
-def _expect(condition: object, what: str, value: object) -> None:
-    if not condition:
-        raise ValueError(f"{what}: {value!r}")

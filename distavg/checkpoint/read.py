@@ -1,6 +1,6 @@
 """Reading checkpoints without a model: every fault of one, tensors piece by piece, two compared.
 
-One process; nothing is held but the pieces under way.
+One process; nothing is held but the pieces under way, and where which box lies.
 """
 
 import math
@@ -15,11 +15,18 @@ from torch import Tensor
 
 from distavg.checkpoint.files import BUFFER_BYTES, ShardReader, Target
 from distavg.checkpoint.folders import reading
-from distavg.checkpoint.manifest import Manifest, SavedFile
+from distavg.checkpoint.manifest import Manifest, SavedAverage
 from distavg.checkpoint.plan import plan_reads
+from distavg.checkpoint.records import (
+    Place,
+    SavedFile,
+    read_record,
+    read_records,
+    uncovered,
+)
 from distavg.errors import CheckpointCorrupt, ConfigError
 from distavg.foreach import as_bytes
-from distavg.layout import Box, range_boxes
+from distavg.layout import Box, BoxIndex, range_boxes
 
 __all__ = ["AverageReader", "Difference", "differences", "verify_checkpoint"]
 
@@ -41,8 +48,9 @@ def verify_checkpoint(
         progress: Called with the number of bytes that were dealt with since the last call.
 
     Returns:
-        The bytes that were read, and every fault: files that are missing, torn or another save's,
-        blocks whose checksum is wrong, tensors that the files do not cover.
+        The bytes that were read, and every fault: files and records that are missing, torn or
+        another save's, blocks whose checksum is wrong, tensors that the files do not cover (where
+        all records are whole).
 
     Raises:
         CheckpointNotFound: There is no committed checkpoint.
@@ -52,25 +60,52 @@ def verify_checkpoint(
     total, faults = 0, []
     with reading(path) as manifest:
         for name, average in manifest.averages.items():
-            if fault := average.fault():
-                faults.append(f"{path}: average {name!r} is not whole: {fault}")
-            for file in average.files:
-                reads = [
-                    (box, part)
-                    for box in file.boxes
-                    for item_bytes in [average.tensors[box.fqn].item_bytes]
-                    for read in plan_reads(box.box, box.box, item_bytes, BUFFER_BYTES, is_flat=True)
-                    for part, _ in read.split(BUFFER_BYTES, item_bytes)
-                ]
+            files: list[SavedFile] = []
+            lost = []
+            for rank in range(len(average.records)):
                 try:
-                    with ShardReader(path, file, manifest.save_id) as reader:
-                        for box, read in reads:
-                            faults += reader.faults(box, read, buffer)
-                            total += read.nbytes
-                            progress(read.nbytes)
+                    written = read_record(path, manifest, average, rank)
                 except CheckpointCorrupt as error:
-                    faults.append(str(error))
-                    progress(sum(read.nbytes for _, read in reads))
+                    lost.append(str(error))
+                    continue
+                files += written
+                for file in written:
+                    nbytes, found = _check_file(path, manifest, average, file, buffer, progress)
+                    total += nbytes
+                    faults += found
+            faults += lost
+            if not lost and (fault := uncovered(average, files)):
+                faults.append(f"{path}: average {name!r} is not whole: {fault}")
+    return total, faults
+
+
+def _check_file(
+    path: Path,
+    manifest: Manifest,
+    average: SavedAverage,
+    file: SavedFile,
+    buffer: Tensor,
+    progress: Progress,
+) -> tuple[int, list[str]]:
+    """The bytes of a data file that could be read, and its faults."""
+    reads = [
+        (box, part)
+        for box in file.boxes
+        for item_bytes in [average.tensors[box.fqn].item_bytes]
+        for read in plan_reads(box.box, box.box, item_bytes, BUFFER_BYTES, is_flat=True)
+        for part, _ in read.split(BUFFER_BYTES, item_bytes)
+    ]
+    total = 0
+    faults: list[str] = []
+    try:
+        with ShardReader(path, file, manifest.save_id) as reader:
+            for box, read in reads:
+                faults += reader.faults(box, read, buffer)
+                total += read.nbytes
+                progress(read.nbytes)
+    except CheckpointCorrupt as error:
+        faults.append(str(error))
+        progress(sum(read.nbytes for _, read in reads))
     return total, faults
 
 
@@ -84,7 +119,7 @@ class AverageReader:
 
     Raises:
         ConfigError: There is no such average, or there are several.
-        CheckpointCorrupt: The average is not whole.
+        CheckpointCorrupt: The average is not whole, or a record of it is missing, torn or spoiled.
     """
 
     def __init__(self, path: Path, manifest: Manifest, name: str | None = None) -> None:
@@ -94,11 +129,18 @@ class AverageReader:
             raise ConfigError(f"{path} holds the averages {sorted(manifest.averages)}: name one")
         self.name = name
         self.average = manifest.averages[name]
-        if fault := self.average.fault():
+        files = read_records(path, manifest, self.average)
+        if fault := uncovered(self.average, files):
             raise CheckpointCorrupt(f"{path}: average {name!r} is not whole: {fault}")
+        self._places: dict[str, list[Place]] = {fqn: [] for fqn in self.average.tensors}
+        for file in files:
+            for box in file.boxes:
+                self._places[box.fqn].append((file, box))
+        self._indexes = {
+            fqn: BoxIndex([box.box for _, box in each]) for fqn, each in self._places.items()
+        }
         self._path = path
         self._save_id = manifest.save_id
-        self._places = self.average.boxes()
         self._buffer = torch.empty(BUFFER_BYTES, dtype=torch.uint8, device="cpu")
         self._open: OrderedDict[str, ShardReader] = OrderedDict()
 
@@ -133,7 +175,8 @@ class AverageReader:
         dtype = getattr(torch, tensor.dtype)
         found = torch.empty(box.sizes, dtype=dtype, device="cpu")
         target = Target(found, dtype)
-        for file, saved in self._places[fqn]:
+        for number in self._indexes[fqn].meeting(box):
+            file, saved = self._places[fqn][number]
             for read in plan_reads(saved.box, box, tensor.item_bytes, BUFFER_BYTES, is_flat=True):
                 target.fill(self._file(file), saved, read, self._buffer)
         return found

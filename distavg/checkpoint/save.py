@@ -4,10 +4,12 @@
    in its name. A vote, in which the others learn of them. Who does not see that file does not share
    the folder. A vote.
 2. `also=` runs on every rank. A vote. From here on a background save goes on in a thread.
-3. Every rank writes and flushes its files. A vote.
-4. Rank 0 gathers what was written, proves that every tensor is covered exactly once, and writes
-   the manifest beside its place, into that file. A vote.
-5. Rank 0 renames the manifest into place: the commit. Then it removes what was replaced. A vote.
+3. Every rank writes and flushes its files, and beside them a record of what lies where. A vote.
+4. In an exchange each rank gets the boxes of some tensors, and proves that they cover those exactly
+   once. A vote.
+5. In another, rank 0 gets size and checksum of each record. It writes the manifest beside its
+   place, into that file. A vote.
+6. Rank 0 renames the manifest into place: the commit. Then it removes what was replaced. A vote.
 
 On any failure every rank raises, and rank 0 removes what was written. While a save is under way
 the target holds a marker (`distavg.checkpoint.folders`): if it dies, the next save to the same path
@@ -31,6 +33,7 @@ from typing import Any, BinaryIO
 from torch import Tensor
 
 from distavg.average import Average
+from distavg.checkpoint.cover import prove_cover
 from distavg.checkpoint.files import fsync_path, fsync_tree, write_shards
 from distavg.checkpoint.folders import (
     TEMPORARY_PREFIX,
@@ -44,10 +47,11 @@ from distavg.checkpoint.manifest import (
     MANIFEST_NAME,
     Manifest,
     SavedAverage,
-    SavedFile,
+    SavedRecord,
     SavedTensor,
     read_manifest,
 )
+from distavg.checkpoint.records import SavedFile, write_record
 from distavg.comm import Comm
 from distavg.errors import (
     CheckpointCorrupt,
@@ -249,11 +253,26 @@ class _Target:
     extra_folder: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """What a rank tells rank 0 of what it wrote of an average.
+
+    Attributes:
+        record: Of its record file; None if it wrote nothing.
+        index: The data file of each tensor, if every box that it wrote is a whole tensor; else
+            None.
+    """
+
+    record: SavedRecord | None
+    index: dict[str, str] | None
+
+
 class Save:
     """A save under way. Collective to begin and to finish.
 
-    Communicates only small records, over gloo: votes, and a gather to rank 0 of the file records
-    (about 16 bytes for every 256 KiB of data).
+    Communicates only small things, over gloo: votes, offsets and sizes of the boxes that were
+    written, and to rank 0 some 70 bytes from each rank for each average (where ranks hold whole
+    tensors, the names of those as well).
 
     Args:
         request: What to do.
@@ -287,15 +306,22 @@ class Save:
     def finish(self) -> None:
         """Write everything and commit it."""
         request, comm = self._request, self._comm
-        records: dict[str, list[SavedFile]] = {}
+        files: dict[str, list[SavedFile]] = {}
+        mine: dict[str, _Written] = {}
         with self._cleaning():
             with comm.together(self._doing), _as_checkpoint_error(request.path):
                 for each in self._contents:
-                    records[each.name] = _write(request, self._target, each, comm.rank)
-            gathered = comm.gather_to_first(records, self._doing)
+                    files[each.name], mine[each.name] = _write(
+                        request, self._target, each, comm.rank
+                    )
+            tensors = {each.name: each.tensors for each in self._contents}
+            prove_cover(tensors, files, comm, self._doing, _not_whole)
+            # Of uneven sizes: a gather would make room for the largest from every rank.
+            parts = [mine if rank == 0 else {} for rank in range(comm.size)]
+            written = comm.exchange(parts, self._doing)
             with comm.together(self._doing), _as_checkpoint_error(request.path):
-                if gathered is not None:
-                    _write_manifest(request, self._target, self._contents, gathered)
+                if comm.rank == 0:
+                    _write_manifest(request, self._target, self._contents, written)
         try:
             with comm.together(self._doing):
                 if comm.rank == 0:
@@ -429,20 +455,31 @@ def _check_shared(path: Path, target: _Target) -> None:
         )
 
 
-def _write(request: SaveRequest, target: _Target, contents: Contents, rank: int) -> list[SavedFile]:
-    folder = target.folders[contents.name]
+def _write(
+    request: SaveRequest, target: _Target, contents: Contents, rank: int
+) -> tuple[list[SavedFile], _Written]:
+    """Write and flush a rank's files of an average, and their record."""
+    folder, tensors = target.folders[contents.name], contents.tensors
     files = write_shards(request.path, folder, rank, contents.shards, target.save_id)
+    record = write_record(request.path, folder, rank, tensors, files, target.save_id)
     fsync_path(request.path / folder)
-    return files
+    boxes = [(file, box) for file in files for box in file.boxes]
+    are_whole = all(box.box == Box.whole(tensors[box.fqn].shape) for _, box in boxes)
+    index = {box.fqn: Path(file.name).name for file, box in boxes} if are_whole else None
+    return files, _Written(record, index)
+
+
+def _not_whole(name: str, fault: str) -> CheckpointError:
+    return CheckpointError(f"average {name!r} was not written whole: {fault}")
 
 
 def _write_manifest(
     request: SaveRequest,
     target: _Target,
     contents: Sequence[Contents],
-    gathered: Sequence[Mapping[str, Sequence[SavedFile]]],
+    written: Sequence[Mapping[str, _Written]],
 ) -> None:
-    """Prove the cover and write the manifest beside its place. Rank 0."""
+    """Write the manifest beside its place. Rank 0."""
     saved = {
         each.name: SavedAverage(
             folder=target.folders[each.name],
@@ -450,14 +487,12 @@ def _write_manifest(
             num_updates=each.num_updates,
             statistics_at=each.statistics_at,
             tensors=each.tensors,
-            files=tuple(file for records in gathered for file in records[each.name]),
+            records=tuple(ranks[each.name].record for ranks in written),
         )
         for each in contents
     }
     for name, average in saved.items():
-        if fault := average.fault():
-            raise CheckpointError(f"average {name!r} was not written whole: {fault}")
-        _write_index(request.path, average)
+        _write_index(request.path, average, [ranks[name].index for ranks in written])
     manifest = Manifest(
         save_id=target.save_id,
         averager_id=request.averager_id,
@@ -509,15 +544,16 @@ def _temporary(path: Path, target: _Target) -> Path:
     return path / f"{TEMPORARY_PREFIX}{target.save_id}"
 
 
-def _write_index(root: Path, average: SavedAverage) -> None:
+def _write_index(
+    root: Path, average: SavedAverage, parts: Sequence[Mapping[str, str] | None]
+) -> None:
     """Where every box is a whole tensor, write the index that `transformers` loads."""
-    boxes = [(file, box) for file in average.files for box in file.boxes]
-    if any(box.box != Box.whole(average.tensors[box.fqn].shape) for _, box in boxes):
-        return
-    index = {
-        "metadata": {"total_size": average.nbytes},
-        "weight_map": {box.fqn: Path(file.name).name for file, box in boxes},
-    }
+    weight_map: dict[str, str] = {}
+    for part in parts:
+        if part is None:
+            return
+        weight_map |= part
+    index = {"metadata": {"total_size": average.nbytes}, "weight_map": weight_map}
     path = root / average.folder / "model.safetensors.index.json"
     path.write_text(json.dumps(index, indent=1), encoding="utf-8")
     fsync_path(path)

@@ -32,7 +32,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from checks import trained
-from distavg.checkpoint.records import HASH_DIGITS, Record, SavedBox, SavedFile, shard_name
 from models import Uneven
 from ranks import run_ranks
 
@@ -43,6 +42,7 @@ from distavg.checkpoint.manifest import (
     SavedRecord,
     SavedTensor,
 )
+from distavg.checkpoint.records import HASH_DIGITS, Record, SavedBox, SavedFile, shard_name
 from distavg.comm import Comm
 from distavg.layout import Box
 from distavg.rollcall import RollCall
