@@ -84,7 +84,8 @@ class Averager:
         buffers: `"live"`: evaluation uses the live ones. `"copied"`: taken at each update, as
             PyTorch's AveragedModel does. `"averaged"`: floating ones by the rule, others copied.
             Each rank keeps its own, since buffers may differ between ranks; the first's are saved.
-        timeout: How long collectives of this object wait for a rank; None for PyTorch's default.
+        timeout: How long collectives of this object may take to fail, where a rank does not come;
+            of it three seconds, or half, to find out which. None for PyTorch's default.
 
     Raises:
         ConfigError: An argument that cannot be, a time that the clock cannot resolve, a schedule

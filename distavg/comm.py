@@ -24,7 +24,7 @@ from torch import Tensor
 
 from distavg.errors import DistavgError, RankError
 from distavg.foreach import as_bytes
-from distavg.rollcall import RollCall, in_time
+from distavg.rollcall import LONGEST, RollCall, in_time
 
 __all__ = ["MESSAGE_BYTES", "Comm"]
 
@@ -66,6 +66,10 @@ class Comm:
         ranks: Their global ranks.
         group: The gloo group; None without a process group.
         timeout: How long its collectives wait for a rank; None for PyTorch's default.
+
+    Args:
+        process_group: The ranks; None for all.
+        timeout: When an error must have told of a rank that does not come, and which it is.
     """
 
     def __init__(
@@ -73,13 +77,13 @@ class Comm:
     ) -> None:
         self.group: dist.ProcessGroup | None = None
         self._roll: RollCall | None = None
-        self.timeout = timeout
+        self.timeout = timeout and max(timeout - LONGEST, timeout / 2)
         self._announced: object = None
         self.ranks: tuple[int, ...] = (0,)
         self.rank, self.size = 0, 1
         if dist.is_available() and dist.is_initialized():
             self.ranks = tuple(dist.get_process_group_ranks(process_group or dist.group.WORLD))
-            self.group, self._roll = _GROUPS.get(self.ranks, timeout)
+            self.group, self._roll = _GROUPS.get(self.ranks, self.timeout)
             _let_gloo_finish_at_exit()
             self.rank, self.size = dist.get_rank(self.group), len(self.ranks)
 
@@ -340,8 +344,7 @@ class _Groups:
                 "making a group of the ranks"
             ):
                 # It connects for five times its timeout, and waits for a store that was cut off.
-                seconds = timeout.total_seconds() + 1 if timeout is not None else None
-                group = make() if seconds is None else in_time(make, seconds)
+                group = make() if timeout is None else in_time(make, timeout.total_seconds())
             self._made[ranks, timeout, purpose] = group, RollCall(group, ranks)
         return self._made[ranks, timeout, purpose]
 

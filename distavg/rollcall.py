@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -22,7 +23,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from distavg.errors import RankError
 
-__all__ = ["RollCall", "in_time"]
+__all__ = ["LONGEST", "RollCall", "in_time"]
 
 T = TypeVar("T")
 
@@ -30,6 +31,8 @@ _PATIENCE_SECONDS = 1.0  # before a rank that waits leaves its note
 _TICK_SECONDS = 0.25  # between two looks for such ranks
 _GRACE_SECONDS = 2.0  # in which the notes of all who wait are there
 _STORE_SECONDS = 1.0  # for an answer of the store, whose host may be the one that was lost
+
+LONGEST = timedelta(seconds=_GRACE_SECONDS + _STORE_SECONDS)  # that a roll call takes
 
 
 class RollCall:
@@ -59,7 +62,7 @@ class RollCall:
             others: The global ranks that take part, besides this one; None for all.
 
         Raises:
-            RankError: The collective has failed, or its timeout is over; up to three seconds later.
+            RankError: The collective has failed, or its timeout is over; at most `LONGEST` later.
         """
         self._since, self._doing = time.monotonic(), doing
         try:
@@ -115,7 +118,7 @@ class RollCall:
                     return f"rank {rank}, which waits in {elsewhere}"
             return "ranks that have come: a connection between them broke"
 
-        answer = self._within(ask, seconds=_GRACE_SECONDS + _STORE_SECONDS)
+        answer = self._within(ask, LONGEST.total_seconds())
         return answer or (
             "other ranks, and with the job's store, on the machine of rank 0 or of torchrun's "
             "rendezvous endpoint"

@@ -400,7 +400,7 @@ def build_without_one() -> tuple[str, float] | None:
     if dist.get_rank() == 1:
         time.sleep(4)
         return None
-    return timed_error_of(Averager, model, EMA(), timeout=timedelta(seconds=1))
+    return timed_error_of(Averager, model, EMA(), timeout=timedelta(seconds=2))
 
 
 def test_a_rank_that_never_builds_ends_the_wait() -> None:

@@ -60,7 +60,7 @@ from torch.utils.checkpoint import checkpoint
 import distavg
 from distavg import StateError, foreach, swap, wrappers
 
-SHORT = timedelta(seconds=5)
+SHORT = timedelta(seconds=6)
 
 
 class BodyError(Exception):
@@ -897,7 +897,7 @@ def test_the_others_end_soon_when_a_rank_dies_inside(layout: str) -> None:
     for rank in (0, 2):
         text, seconds, changed, step, save = found[rank]
         assert text.startswith("RankError: applied('swa'): lost contact with rank 1")
-        assert seconds < SHORT.total_seconds() + 4
+        assert seconds < SHORT.total_seconds() + 2
         if layout == "ddp":
             assert step.startswith("StateError: applied('swa') lost a rank before it could restore")
             assert "live weights are not restored" in step
@@ -911,7 +911,7 @@ def test_a_rank_that_never_comes_ends_the_wait_after_the_timeout() -> None:
     found = run_ranks(leave_with_the_lost, 2, "ddp", "sleeps")
     text, seconds, _, step, _ = found[0]
     assert text.startswith("RankError: applied('swa'): lost contact with rank 1")
-    assert SHORT.total_seconds() - 0.5 < seconds < SHORT.total_seconds() + 4
+    assert SHORT.total_seconds() / 2 < seconds < SHORT.total_seconds() + 2
     assert "live weights are not restored" in step
 
 
@@ -957,7 +957,7 @@ def test_nobody_waits_long_for_a_dead_rank(call: str, tmp_path: Path) -> None:
         text, seconds = found[rank]
         assert text.startswith("RankError: ")
         assert "lost contact with rank 1" in text
-        assert seconds < SHORT.total_seconds() + 4
+        assert seconds < SHORT.total_seconds() + 2
     assert distavg.latest(tmp_path) is None
 
 

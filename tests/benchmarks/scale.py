@@ -6,7 +6,7 @@ Decoders of about 1 B, 70 B and 1 T parameters under FSDP2, which cuts every ten
 all ranks; bf16 weights, one average in fp32. Collectives are counted on two ranks. Manifest and
 record are really made, written and read, at their full size. All times are this machine's: its
 memory, its disk (each rank as if it had one of its own), gloo over its loopback. A vote is an
-all-gather around a ring, so that it takes as many hops as there are other ranks.
+all-gather around a ring, one message after another from each rank to the next.
 """
 
 from __future__ import annotations
@@ -122,10 +122,19 @@ def median_seconds(call: Callable[[], object], count: int = 9) -> float:
     return statistics.median(seconds)
 
 
-def vote_seconds() -> float:
+def message_seconds() -> tuple[float, float]:
+    """A vote of two ranks, and one message on its way."""
     ranks = Comm()
     ranks.gather(None, "meeting")
-    return median_seconds(lambda: ranks.gather(None, "vote"), 200)
+    vote = median_seconds(lambda: ranks.gather(None, "vote"), 500)
+    record = torch.zeros(512, dtype=torch.uint8)
+
+    def there_and_back() -> None:
+        for rank in (0, 1):
+            pass_on = ranks.send if rank == ranks.rank else ranks.receive
+            pass_on(record, 1 - ranks.rank, "message")
+
+    return vote, median_seconds(there_and_back, 500) / 2
 
 
 def constants(folder: Path) -> dict[str, float]:
@@ -144,13 +153,13 @@ def constants(folder: Path) -> dict[str, float]:
             file.flush()
             os.fsync(file.fileno())
 
-    two, four = (run_ranks(vote_seconds, size)[0] for size in (2, 4))
+    vote, message = run_ranks(message_seconds, 2)[0]
     return {
         "update, bytes of average/s": average.nbytes / median_seconds(update),
         "disk, bytes/s": len(data) / median_seconds(lambda: write(folder / "data", data)),
         "small file, s": median_seconds(lambda: write(folder / "small", b"x"), 50),
-        "vote of 2 ranks, s": two,
-        "each further hop, s": max(four - two, 0) / 2,
+        "vote of 2 ranks, s": vote,
+        "message, s": message,
     }
 
 
@@ -194,7 +203,7 @@ def estimate(
         "manifest": median_seconds(manifest.to_bytes, 3),
         "manifest, read": median_seconds(lambda: Manifest.from_bytes(sealed), 3),
     }
-    vote = known["vote of 2 ranks, s"] + known["each further hop, s"] * (ranks - 2)
+    vote = known["vote of 2 ranks, s"] + known["message, s"] * (ranks - 2)
     disk = nbytes / known["disk, bytes/s"]
     return {
         "ranks": ranks,
