@@ -6,7 +6,8 @@ Decoders of about 1 B, 70 B and 1 T parameters under FSDP2, which cuts every ten
 all ranks; bf16 weights, one average in fp32. Collectives are counted on two ranks. Manifest and
 record are really made, written and read, at their full size. All times are this machine's: its
 memory, its disk (each rank as if it had one of its own), gloo over its loopback. A vote is an
-all-gather around a ring, one message after another from each rank to the next.
+all-gather around a ring, one message after another from each rank to the next; a step of an
+exchange is made log2(ranks) times.
 """
 
 from __future__ import annotations
@@ -86,12 +87,12 @@ MODELS = {
 # ------------------------------------------------------------------------ counted on two ranks
 
 
-def collectives(folder: Path) -> dict[str, int]:
-    """How often the ranks wait for each other in each operation, under FSDP2."""
+def counted(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Of each operation under FSDP2: its votes, steps of exchanges, and flushes of files."""
     _, averager = trained("fsdp2", Uneven)
     averager.full_state_dict("ema")
     found = {}
-    original = RollCall.waiting
+    waiting, step = RollCall.waiting, Comm._pass_tensor
 
     def swap() -> None:
         with averager.applied("ema"):
@@ -104,9 +105,14 @@ def collectives(folder: Path) -> dict[str, int]:
         "load": lambda: averager.load(folder / "a"),
     }
     for name, operation in operations.items():
-        with mock.patch.object(RollCall, "waiting", autospec=True, side_effect=original) as waiting:
+        with (
+            mock.patch.object(RollCall, "waiting", autospec=True, side_effect=waiting) as all_waits,
+            mock.patch.object(Comm, "_pass_tensor", autospec=True, side_effect=step) as steps,
+            mock.patch.object(os, "fsync", side_effect=os.fsync) as flushes,
+        ):
             operation()
-        found[name] = waiting.call_count
+        votes = all_waits.call_count - steps.call_count
+        found[name] = votes, steps.call_count, flushes.call_count
     return found
 
 
@@ -182,7 +188,7 @@ def cut(model: Decoder, ranks: int) -> tuple[list[SavedBox], int]:
 
 
 def estimate(
-    model: Decoder, ranks: int, counts: dict[str, int], known: dict[str, float]
+    model: Decoder, ranks: int, counts: dict[str, tuple[int, int, int]], known: dict[str, float]
 ) -> dict[str, Any]:
     boxes, num_boxes = cut(model, ranks)
     nbytes = sum(math.prod(box.box.sizes) for box in boxes) * AVERAGE_BYTES
@@ -205,21 +211,29 @@ def estimate(
     }
     vote = known["vote of 2 ranks, s"] + known["message, s"] * (ranks - 2)
     disk = nbytes / known["disk, bytes/s"]
+    hops = math.ceil(math.log2(ranks))
+    messages = {
+        name: votes * vote + steps * hops * known["message, s"]
+        for name, (votes, steps, _) in counts.items()
+    }
     return {
         "ranks": ranks,
         "bytes of a rank": nbytes,
         "update, s": nbytes / known["update, bytes of average/s"],
-        "swap, s": counts["swap"] * vote + 2 * nbytes / known["update, bytes of average/s"],
-        "save, s": counts["save"] * vote
+        "swap, s": messages["swap"] + 2 * nbytes / known["update, bytes of average/s"],
+        "save, s": messages["save"]
         + disk
         + 3 * known["small file, s"]
         + times["record"]
         + times["record, read"]
         + times["manifest"]
         + times["manifest, read"],
-        "load, s": counts["load"] * vote + disk + times["record, read"] + times["manifest, read"],
+        "load, s": messages["load"] + disk + times["record, read"] + times["manifest, read"],
         "vote, s": vote,
+        "messages of a rank in a save": counts["save"][0] * (ranks - 1) + counts["save"][1] * hops,
+        "messages of a rank in a load": counts["load"][0] * (ranks - 1) + counts["load"][1] * hops,
         "files": 2 * ranks + 1,
+        "flushes of a save": counts["save"][2] * ranks,
         "boxes": num_boxes,
         "record": len(content),
         "manifest": len(sealed),
@@ -233,18 +247,18 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        counts = run_ranks(collectives, 2, Path(name))[0]
+        counts = run_ranks(counted, 2, Path(name))[1]  # rank 0 does a little more
         known = constants(Path(name))
-    print("collectives:", ", ".join(f"{count} in {name}" for name, count in counts.items()))
+    print("votes, steps of exchanges and flushes of a rank of two:", counts)
     print("; ".join(f"{name}: {value:.3g}" for name, value in known.items()))
-    results: dict[str, Any] = {"collectives": counts, "constants": known}
+    results: dict[str, Any] = {"counted": counts, "constants": known}
     for name, model in MODELS.items():
         found = [estimate(model, ranks, counts, known) for ranks in RANKS]
         print(f"\n{name}: {model.numel:,} parameters, {len(list(model.shapes())):,} tensors")
         for what in found[0]:
             values = (row[what] for row in found)
             print(
-                f"{what:22}", *(f"{v:>18,}" if isinstance(v, int) else f"{v:18.4f}" for v in values)
+                f"{what:30}", *(f"{v:>18,}" if isinstance(v, int) else f"{v:18.4f}" for v in values)
             )
         results[name] = found
     print("\n" + ", ".join(f"{key}: {value}" for key, value in measure.machine().items()))
