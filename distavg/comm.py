@@ -11,6 +11,7 @@ import functools
 import itertools
 import pickle
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -316,23 +317,30 @@ class _Groups:
     """The gloo groups that this process has made, one for each set of ranks, timeout and purpose.
 
     Averagers share them, and none is given back: PyTorch names a group of some ranks by the number
-    of groups that there are, which must not depend on when Python collects its garbage.
+    of groups that there are, which must not depend on when Python collects its garbage. PyTorch
+    holds each until the job's groups are destroyed; held here, their store would outlive that, and
+    meet the next job at its port.
     """
 
     def __init__(self) -> None:
-        self._world: dist.ProcessGroup | None = None
-        self._made: dict[
-            tuple[tuple[int, ...], timedelta | None, str], tuple[dist.ProcessGroup, RollCall]
-        ] = {}
+        self._made: weakref.WeakValueDictionary[
+            tuple[tuple[int, ...], timedelta | None, str], dist.ProcessGroup
+        ] = weakref.WeakValueDictionary()
+        self._rolls: weakref.WeakKeyDictionary[dist.ProcessGroup, RollCall] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._world: weakref.ref[dist.ProcessGroup] | None = None
 
     def get(
         self, ranks: tuple[int, ...], timeout: timedelta | None, purpose: str = ""
     ) -> tuple[dist.ProcessGroup, RollCall]:
         """The group of these ranks. Collective over them when it is asked for first."""
-        world = dist.group.WORLD
-        if self._world is not world:  # the job has begun anew
-            self._world, self._made = world, {}
-        if (ranks, timeout, purpose) not in self._made:
+        world = cast(dist.ProcessGroup, dist.group.WORLD)
+        if self._world is None or self._world() is not world:  # the job has begun anew
+            self._world = weakref.ref(world)
+            self._made.clear()
+        group = self._made.get((ranks, timeout, purpose))
+        if group is None:
             make = functools.partial(
                 dist.new_group,
                 list(ranks),
@@ -340,13 +348,12 @@ class _Groups:
                 backend="gloo",
                 use_local_synchronization=len(ranks) < dist.get_world_size(),
             )
-            with RollCall(cast(dist.ProcessGroup, world), ranks).waiting(
-                "making a group of the ranks"
-            ):
+            with RollCall(world, ranks).waiting("making a group of the ranks"):
                 # It connects for five times its timeout, and waits for a store that was cut off.
                 group = make() if timeout is None else in_time(make, timeout.total_seconds())
-            self._made[ranks, timeout, purpose] = group, RollCall(group, ranks)
-        return self._made[ranks, timeout, purpose]
+            self._made[ranks, timeout, purpose] = group
+            self._rolls[group] = RollCall(group, ranks)
+        return group, self._rolls[group]
 
 
 _GROUPS = _Groups()

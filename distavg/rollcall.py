@@ -50,6 +50,7 @@ class RollCall:
         self._since = 0.0
         self._is_noted = False
         self._lock = threading.Lock()  # over the note
+        self._has_store = True  # that answers
         self._lost: str | None = None  # what was found out: gloo closes all connections then
         _watch(self)
 
@@ -80,15 +81,15 @@ class RollCall:
         else:
             self._doing = None
             is_noted = self._is_noted or self._lock.locked()  # or about to be
-            if is_noted and self._lost is None:
-                self._within(self._take_back)
+            if is_noted and self._lost is None and self._has_store:
+                self._has_store = self._within(self._take_back) is not None
         finally:
             self._doing = None
 
     def look(self) -> None:
         """Leave a note, if this rank has waited for long. Called now and then, by a thread."""
         doing = self._doing
-        if doing and time.monotonic() - self._since > _PATIENCE_SECONDS:
+        if doing and self._has_store and time.monotonic() - self._since > _PATIENCE_SECONDS:
             with suppress(RuntimeError), self._lock:  # the store may be lost
                 if not self._is_noted and self._doing == doing:
                     self._note(doing)
@@ -97,10 +98,10 @@ class RollCall:
         self._is_noted = True
         self._store.set(str(self._rank), doing)
 
-    def _take_back(self) -> None:
+    def _take_back(self) -> bool:
         with self._lock:
-            self._store.delete_key(str(self._rank))
             self._is_noted = False
+            return self._store.delete_key(str(self._rank))
 
     def _missing(self, doing: str, others: Sequence[int]) -> str:
         """Who did not come, in words."""

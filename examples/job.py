@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 import distavg
 
 SIGNALS = signal.SIGTERM, signal.SIGUSR1
+HEARD: set[int] = set()  # by this process, whichever its job at that moment
 
 
 class Job:
@@ -48,10 +49,10 @@ class Job:
         self.folder, self.averager = folder, averager
         self.model, self.optimizer, self.others = model, optimizer, others
         self.saving: distavg.SaveHandle | None = None
-        self.signals: set[int] = set()  # that were heard, here or on any rank
+        self.agreed: set[int] = set()  # signals that were heard on any rank, when all ranks asked
         self.is_first = not dist.is_initialized() or dist.get_rank() == 0
         for each in SIGNALS:
-            signal.signal(each, lambda number, _: self.signals.add(number))
+            signal.signal(each, lambda number, _: HEARD.add(number))
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, recorded in `starts.jsonl`. Collective."""
@@ -80,11 +81,12 @@ class Job:
 
     def must_leave(self) -> bool:
         """Whether any rank was told to. Collective: ranks hear of it at different steps."""
-        told = torch.tensor([each in self.signals for each in SIGNALS], dtype=torch.uint8)
+        told = torch.tensor([each in HEARD for each in SIGNALS], dtype=torch.uint8)
         if dist.is_initialized():
             dist.all_reduce(told, dist.ReduceOp.MAX)
-        self.signals |= {each for each, is_told in zip(SIGNALS, told, strict=True) if is_told}
-        return bool(self.signals)
+        # Not what is heard by now: a signal may have come while this rank waited for the others.
+        self.agreed |= {each for each, is_told in zip(SIGNALS, told, strict=True) if is_told}
+        return bool(self.agreed)
 
     def save(self) -> None:
         """Save in the background; the newest three are kept. Collective."""
@@ -100,7 +102,8 @@ class Job:
     @property
     def status(self) -> int:
         """What the process ends with."""
-        return 128 + signal.SIGTERM if self.signals == {signal.SIGTERM} else 0
+        is_terminated = self.agreed == {signal.SIGTERM} and signal.SIGUSR1 not in HEARD
+        return 128 + signal.SIGTERM if is_terminated else 0
 
     def _write(self, folder: Path) -> None:
         weights, state = get_state_dict(self.model, self.optimizer)

@@ -96,7 +96,8 @@ def digits(seed: int) -> Data:
 def batches(x: Tensor, y: Tensor, shuffle: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's share of every batch, as a DistributedSampler gives it."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    order = torch.randperm(len(y)) if shuffle else torch.arange(len(y))  # alike on all ranks
+    # Alike on all ranks (with --mixup, if their number divides BATCH).
+    order = torch.randperm(len(y)) if shuffle else torch.arange(len(y))
     for indices in order.split(BATCH):
         mine = indices[rank::size]
         yield x[mine], y[mine]

@@ -200,13 +200,13 @@ def evaluate(
     return report
 
 
-def main() -> None:
+def main() -> int:
     layouts = ["fsdp2", "ddp", "fsdp1", "hsdp", "tp", "tp-fsdp2"]  # hsdp, tp-fsdp2: 2 x N ranks
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--parallel", choices=layouts, default="fsdp2", help="on several ranks")
     parser.add_argument("--checkpoints", type=Path, help="folder to go on from, and to save to")
     parser.add_argument("--save-every", type=int, default=100, help="steps")
-    parser.add_argument("--steps", type=int, default=300, help="those before a resume included")
+    parser.add_argument("--steps", type=int, default=300, help="4 or more, those before a resume")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
@@ -240,8 +240,8 @@ def main() -> None:
         print(*report, sep="\n", flush=True)
     if ranks > 1:
         dist.destroy_process_group()
-    sys.exit(job.status)
+    return job.status
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

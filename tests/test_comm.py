@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from checks import error_of, same, timed_error_of
+from checks import error_of, same, timed_error_of, trained
+from models import Uneven
 from ranks import run_ranks
 from torch import Tensor
 
@@ -278,3 +282,27 @@ def two_of_three() -> tuple[int, int, list[int]] | None:
 
 def test_a_group_of_some_ranks_counts_within_itself() -> None:
     assert run_ranks(two_of_three, 3) == [(0, 2, [0, 2]), None, (1, 2, [0, 2])]
+
+
+def job(address: str, folder: Path) -> bool:
+    """A job of one process; whether it meets the store of one before."""
+    dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+    store = dist.group.WORLD.get_group_store()  # type: ignore[union-attr]
+    is_known: bool = store.check(["known"])
+    store.set("known", "")
+    _, averager = trained("plain", Uneven)
+    averager.save(folder / "a", overwrite=True, block=False).wait()
+    return is_known
+
+
+def test_nothing_outlives_the_job_but_what_the_user_holds(tmp_path: Path) -> None:
+    """Else the next job at the same port would meet the store of the one before."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    found = []
+    for _ in range(2):
+        found.append(job(address, tmp_path))
+        gc.collect()
+        dist.destroy_process_group()
+    assert found == [False, False]

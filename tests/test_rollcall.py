@@ -99,6 +99,23 @@ def test_a_store_that_does_not_answer_keeps_nobody() -> None:
     assert seconds < 7
 
 
+def seconds_of_collectives_without_a_store() -> list[float]:
+    """One for which a rank leaves a note that hangs, and some that follow."""
+    ranks = Comm()
+    ranks.gather(None, "meeting")
+    assert ranks._roll is not None
+    with mock.patch.object(ranks._roll, "_store") as store:
+        store.set.side_effect = lambda *_: time.sleep(8)
+        if ranks.rank == 1:
+            time.sleep(3)
+        return [timed_error_of(ranks.gather, 1, "testing")[1] for _ in range(20)]
+
+
+def test_without_a_store_only_one_collective_waits_for_it() -> None:
+    seconds = run_ranks(seconds_of_collectives_without_a_store, 2)[0]
+    assert sum(seconds[1:]) < 2
+
+
 def notes_of_the_late() -> tuple[bool, bool, int]:
     """Whether there were notes while rank 1 was late, and after; and uses of the store."""
     ranks = Comm()

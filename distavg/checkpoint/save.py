@@ -23,6 +23,7 @@ import socket
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -131,7 +132,7 @@ class SaveHandle:
 
 
 # The last background save over each group: two at a time would meet in their messages.
-_last: dict[object, SaveHandle] = {}
+_last: weakref.WeakKeyDictionary[object, SaveHandle] = weakref.WeakKeyDictionary()
 
 
 def in_background(
@@ -143,7 +144,7 @@ def in_background(
         CheckpointExists: There is a checkpoint or something else at the path.
         CheckpointError: It could not be begun.
     """
-    if comm.group in _last:
+    if comm.group is not None and comm.group in _last:
         _last[comm.group].join()
     handle = SaveHandle(path, Save(request, contents, comm).finish)
     if comm.group is not None:
