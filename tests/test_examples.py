@@ -13,6 +13,7 @@ import time
 import warnings
 from pathlib import Path
 from subprocess import DEVNULL, PIPE
+from typing import Any
 from unittest import mock
 
 import torch.distributed as dist
@@ -68,14 +69,20 @@ def test_the_picture_of_the_learning_rate(tmp_path: Path) -> None:
     assert (tmp_path / "rate.png").read_bytes().startswith(b"\x89PNG")
 
 
-def in_process(*arguments: str) -> str:
-    """What train_gpt prints here, on ranks that have joined a process group already."""
-    spec = importlib.util.spec_from_file_location("train_gpt", EXAMPLES / "train_gpt.py")
+def loaded(name: str) -> Any:
+    """An example as a module."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     example = importlib.util.module_from_spec(spec)
     with mock.patch.object(sys, "path", [str(EXAMPLES), *sys.path]):
         spec.loader.exec_module(example)
+    return example
+
+
+def in_process(*arguments: str) -> str:
+    """What train_gpt prints here, on ranks that have joined a process group already."""
+    example = loaded("train_gpt")
     example.HELD_OUT = 12  # sequences, instead of 128
     printed = io.StringIO()
     with (
@@ -136,6 +143,21 @@ def test_a_run_that_is_told_to_leave_saves_and_goes_on_later(tmp_path: Path) -> 
     more = run(1, *command, f"--steps={step + 8}", cwd=tmp_path)
     assert more.startswith(f"starts from gpt/step-{step}\n")
     assert len(checksums(more)) == 2
+
+
+def test_a_signal_that_comes_while_ranks_wait_counts_at_the_next_step() -> None:
+    job = loaded("job")
+    with (
+        mock.patch.object(signal, "signal") as handle,
+        mock.patch.object(dist, "is_initialized", return_value=True),
+        mock.patch.object(dist, "get_rank", return_value=0),
+        mock.patch.object(dist, "all_reduce") as meet,
+    ):
+        run = job.Job(None, mock.Mock(), mock.Mock(), mock.Mock())
+        hear = handle.call_args_list[0].args[1]
+        meet.side_effect = lambda *_: hear(signal.SIGTERM, None)
+        assert (run.must_leave(), run.status) == (False, 0)  # as on the other ranks
+        assert (run.must_leave(), run.status) == (True, 143)
 
 
 def test_a_study_that_was_left_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
