@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from operator import itemgetter
 from typing import Any, TypeVar, cast
 
 import torch
@@ -149,7 +148,8 @@ class Comm:
         of 2^k ranks to go to the rank 2^k further, so that it talks to log2(size) others only
         (Bruck et al., IEEE TPDS 8(11), 1997), and a value travels at most as often.
         """
-        parcels = [(to, self.rank, pickle.dumps(value)) for to, value in enumerate(values)]
+        others = [(to, value) for to, value in enumerate(values) if to != self.rank]
+        parcels = [(to, self.rank, pickle.dumps(value)) for to, value in others]
         reach = 1
         while reach < self.size:
             away = [bool((to - self.rank) % self.size & reach) for to, _, _ in parcels]
@@ -158,7 +158,8 @@ class Comm:
             target, source = (self.rank + reach) % self.size, (self.rank - reach) % self.size
             parcels = stay + pickle.loads(self._pass(pickle.dumps(leave), target, source, doing))
             reach *= 2
-        return [pickle.loads(content) for _, _, content in sorted(parcels, key=itemgetter(1))]
+        received = {source: pickle.loads(content) for _, source, content in parcels}
+        return [received.get(rank, values[self.rank]) for rank in range(self.size)]
 
     def _pass(self, content: bytes, target: int, source: int, doing: str) -> bytes:
         """Send bytes to one rank, and receive what another sends, at the same time."""
