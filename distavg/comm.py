@@ -26,7 +26,7 @@ from distavg.errors import DistavgError, RankError
 from distavg.foreach import as_bytes
 from distavg.rollcall import LONGEST, RollCall, in_time
 
-__all__ = ["MESSAGE_BYTES", "Comm"]
+__all__ = ["MESSAGE_BYTES", "Comm", "finish"]
 
 T = TypeVar("T")
 
@@ -174,16 +174,9 @@ class Comm:
         self, sent: Tensor, target: int, received: Tensor, source: int, doing: str
     ) -> None:
         with self.waiting(doing):  # who waits for one waits for all
-            works = [
-                dist.irecv(received, group=self.group, group_src=source),
-                dist.isend(sent, group=self.group, group_dst=target),
-            ]
-            try:
-                for work in works:
-                    cast(dist.Work, work).wait()
-            except BaseException:
-                _ABANDONED.append((works, sent, received))
-                raise
+            coming = dist.irecv(received, group=self.group, group_src=source)
+            going = dist.isend(sent, group=self.group, group_dst=target)
+            finish([(coming, received), (going, sent)])
 
     def broadcast(self, value: T, doing: str, source: int = 0) -> T:
         """The picklable value of one rank, by default the first, on every rank. Collective."""
@@ -312,6 +305,16 @@ def _let_gloo_finish_at_exit() -> None:
     2.13 on a busy machine, in 1 of 7 runs of a script that ended with a collective).
     """
     atexit.register(time.sleep, 0.05)
+
+
+def finish(works: Sequence[tuple[dist.Work | None, Tensor]]) -> None:
+    """Wait for messages under way, each with its tensor, which outlives it also in an error."""
+    try:
+        for work, _ in works:
+            cast(dist.Work, work).wait()  # None only outside of the group
+    except BaseException:
+        _ABANDONED.append(works)
+        raise
 
 
 class _Groups:

@@ -3,19 +3,15 @@
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distavg.comm import MESSAGE_BYTES, Comm
+from distavg.comm import MESSAGE_BYTES, Comm, finish
 from distavg.foreach import chunks
 
 __all__ = ["ReplicaGroup"]
-
-# Tensors of exchanges that ended in an error: they must outlive the messages.
-_ABANDONED: list[object] = []
 
 
 class ReplicaGroup:
@@ -74,7 +70,7 @@ class ReplicaGroup:
     def _exchange(self, messages: Sequence["_Message | None"], doing: str) -> None:
         """One round: each owner's message, if it has one left, to all others."""
         received: list[tuple[_Message, Tensor]] = []
-        works: list[tuple[dist.Work, Tensor]] = []
+        works: list[tuple[dist.Work | None, Tensor]] = []
         with self._comm.waiting(doing, self.ranks):
             for owner, message in enumerate(messages):
                 if message is None:
@@ -83,19 +79,14 @@ class ReplicaGroup:
                     flat = message.buffer()
                     received.append((message, flat))
                     work = dist.irecv(flat, self.ranks[owner], group=self._comm.group)
-                    works.append((cast(dist.Work, work), flat))
+                    works.append((work, flat))
                     continue
                 flat = message.packed()
                 for other in self.ranks:
                     if other != self.ranks[owner]:
                         work = dist.isend(flat, other, group=self._comm.group)
-                        works.append((cast(dist.Work, work), flat))
-            try:
-                for work, _ in works:
-                    work.wait()
-            except BaseException:
-                _ABANDONED.append(works)
-                raise
+                        works.append((work, flat))
+            finish(works)
         for message, flat in received:
             message.unpack(flat)
 

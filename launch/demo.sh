@@ -42,10 +42,10 @@ run() { # name, ranks, arguments of the example
     fi
 }
 
-first=2 first_parallel=fsdp2
-[ "$gpus" = 1 ] && first=1 first_parallel=fsdp2 && echo "demo: one GPU, so it trains on one rank"
-run "train on $first ranks, $first_parallel" "$first" --parallel $first_parallel --checkpoints "$work/gpt"
-run "resume on 3 ranks, fsdp2" 3 --parallel fsdp2 --checkpoints "$work/gpt"
+first=2
+[ "$gpus" = 1 ] && first=1 && echo "demo: one GPU, so it trains on one rank"
+run "train on $first ranks, fsdp2" "$first" --checkpoints "$work/gpt"
+run "resume on 3 ranks, fsdp2" 3 --checkpoints "$work/gpt"
 run "resume on 2 ranks, ddp" 2 --parallel ddp --checkpoints "$work/gpt"
 run "resume on 1 rank" 1 --checkpoints "$work/gpt"
 

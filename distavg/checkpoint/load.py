@@ -85,6 +85,21 @@ class LoadPlan:
             for saved, shard in shards
         ]
 
+    def read_share(self, rank: int, size: int) -> dict[str, list[SavedFile]]:
+        """The data files in a rank's share of each average's records: every `size`-th of them.
+
+        Raises:
+            CheckpointError: What `read_record` raises.
+        """
+        return {
+            name: [
+                file
+                for number in range(rank, len(source.records), size)
+                for file in read_record(self.path, self.manifest, source, number)
+            ]
+            for name, source in self.sources.items()
+        }
+
     def located(self, places: Mapping[Key, Sequence[Place]]) -> "LoadPlan":
         """The plan with what is read from which file; each is there, and the one that was saved.
 
@@ -208,14 +223,7 @@ def planned_load(
             plan = plan_load(
                 path, manifest, averages, model_shards, clock, need_extra=need_extra, **options
             )
-            known = {
-                name: [
-                    file
-                    for number in range(comm.rank, len(source.records), comm.size)
-                    for file in read_record(path, manifest, source, number)
-                ]
-                for name, source in plan.sources.items()
-            }
+            known = plan.read_share(comm.rank, comm.size)
             folders = {name: source.folder for name, source in plan.sources.items()}
             vote.answer = manifest.save_id, folders, plan.has_ties
         if len({save_id for save_id, _, _ in vote.answers}) > 1:
